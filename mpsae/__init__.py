@@ -1,0 +1,1 @@
+"""Matching-pursuit sparse autoencoders at about the price of TopK."""
