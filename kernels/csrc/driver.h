@@ -1,0 +1,103 @@
+// Threads and blocks of rows around the functions of one instruction set.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "problem.h"
+
+namespace mpsae {
+
+// The best functions this CPU can run, or the named ones; null where it cannot run those.
+const Functions* functions_for(const char* name);
+bool has_bf16();
+
+// Call work(thread) on `threads` threads, this one included. What a thread throws is thrown here.
+template <class Work>
+void parallel(int64_t threads, Work work) {
+  std::atomic<bool> failed{false};
+  const auto guarded = [&](int64_t thread) {
+    try {
+      work(thread);
+    } catch (...) {
+      failed = true;
+    }
+  };
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < threads; i++) {
+    try {
+      others.emplace_back(guarded, i);
+    } catch (const std::system_error&) {
+      break;  // fewer threads do the same work: it is handed out as it is asked for
+    }
+  }
+  guarded(0);
+  for (auto& other : others) other.join();
+  if (failed) throw std::bad_alloc();
+}
+
+// Memory on cache lines, not initialised.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<T*>(::operator new(size_t(count > 0 ? count : 1) * sizeof(T),
+                                             std::align_val_t(64)))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+struct Gram {
+  bool half;  // int16 entries
+  int64_t threads;
+  int64_t block_rows;  // rows whose correlations are computed at a time
+  const float* product;  // [B, product_stride] <x, encoder_i>, or null: computed from `packed`
+  int64_t product_stride;
+};
+
+// Every row from first to last step with the whole Gram at hand.
+void pursue_gram(const Problem& p, const Gram& gram, const Functions& f);
+// Every row with its correlations computed anew in each step from `packed`.
+void pursue_stream(const Problem& p, int64_t threads, int64_t block_rows, const Functions& f);
+
+// Rows that advance together, one step at a time, while somebody else brings the Gram rows.
+class Session {
+ public:
+  Session(const Problem& p, const Functions& f, float* product, int64_t stride,
+          int64_t threads, bool low);
+  // Take a step: chosen[row] is the atom to be subtracted, -1 where the row is done. The output
+  // `residual` is that of the step.
+  int64_t choose(int64_t* chosen);
+  // Subtract entries[slots[chosen[row]]] from the correlations of each live row.
+  void subtract(const int16_t* entries, int64_t stride, const float* scale,
+                const float* diagonal, const float* error, const int64_t* slots);
+  // Take <residual, encoder_i>, computed anew by somebody else, as the correlations.
+  void renew();
+
+ private:
+  Problem p_;
+  const Functions& f_;
+  int64_t threads_;
+  Buffer<Row> rows_;
+  Buffer<float> maxima_;
+  Buffer<double> residual_;
+};
+
+double pack_bf16(const float* encoder, int64_t n, int64_t d, uint16_t* packed, int64_t threads);
+double largest_norm(const float* rows, int64_t n, int64_t d, int64_t threads, const Functions& f);
+void quantise_rows(const float* product, int64_t rows, int64_t n, int64_t product_stride,
+                   const int64_t* atoms, const double* rounding, int16_t* entries, int64_t stride,
+                   float* scale, float* diagonal, float* error, int64_t threads,
+                   const Functions& f);
+void reverse(const Backward& q, int64_t threads, const Functions& f);
+
+}  // namespace mpsae

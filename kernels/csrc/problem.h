@@ -1,0 +1,117 @@
+// What the parts of the CPU kernel share: the problem, the state of a row, the table of functions.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace mpsae {
+
+// Correlations are watched in blocks of BLOCK atoms; rows of n floats or entries are padded to PAD.
+constexpr int64_t BLOCK = 256;
+constexpr int64_t PAD = 32;
+// The low precision product: rows and atoms of one register tile.
+constexpr int64_t TILE_B = 12;
+constexpr int64_t TILE_N = 32;
+
+static constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+enum Select : int { RELU = 0, MAX = 1, ABS = 2 };
+
+struct Problem {
+  const float* x;           // [B, d]
+  const float* dictionary;  // [n, d]
+  const float* encoder;     // [n, d]
+  const float* bias;        // [n] or null
+  int64_t B, d, n, k;
+
+  // Gram: <dictionary_j, encoder_i> = scale[j] * entries[j, i] for i != j, entries[j, j] = 0
+  const void* entries;  // [n, stride] int16 or fp32
+  const float* scale;   // [n], null for fp32 entries
+  const float* diagonal;
+  const float* error;
+  int64_t stride;
+
+  const uint16_t* packed;  // bf16 encoder, [n / 32, d / 2, 32, 2], or null
+  double encoder_norm;     // max ||encoder_i||
+  double dictionary_norm;  // max ||dictionary_j||
+  double packed_error;     // max ||encoder_i - bf16(encoder_i)||
+  double bias_size;        // max |bias_i|
+
+  const int64_t* k_rows;  // [B] or null
+  const int64_t* slices;  // [k, 2] or null
+  double residual_threshold, correlation_threshold;
+  int select;
+  bool stop_on_repeat, allow_repeats, certified;
+
+  int64_t* indices;  // [B, k]
+  float* values;     // [B, k]
+  float* residual;   // [B, d]
+  int64_t* steps;    // [B]
+  int64_t* rescored;  // [B]
+};
+
+// One row under way. The bound holds for every atom: |correlation_i - (<r, encoder_i> + bias_i)|.
+struct Row {
+  float* correlation;  // [round_up(n, PAD)], NaN where padded or banned
+  float* maxima;       // [blocks, lanes] running maxima, one vector a block
+  double* residual;    // [d]
+  int32_t* candidates;  // [n]
+  double* scored;       // [n] exact correlations of the candidates
+  double bound, norm, value, exact;
+  int64_t row, t, limit, atom;
+  int64_t count;   // candidates of this step
+  int64_t excess;  // candidates beyond the first since the last refresh
+  float top;       // largest score of the row
+  bool live;
+};
+
+struct Backward {
+  const float *dictionary, *encoder;  // [n, d]
+  const int64_t* indices;             // [B, k]
+  const float* values;                // [B, k]
+  const float* residual;              // [B, d]
+  const int64_t* steps;               // [B]
+  const float* grad_residual;         // [B, d] or null
+  const float* grad_values;           // [B, k] or null
+  int64_t B, d, n, k;
+  bool relu, detach, tied;
+  float* share;            // [B, k] scratch: what reaches <r_t, encoder_j>
+  float* grad_x;           // [B, d]
+  float* grad_dictionary;  // [n, d], zero at the start
+  float* grad_encoder;     // [n, d], zero at the start; grad_dictionary where tied
+  float* grad_bias;        // [n], zero at the start, or null
+};
+
+// The same functions, compiled for one instruction set each.
+struct Functions {
+  const char* name;
+  int64_t lanes;
+  // products <r, encoder_i> -> correlations with bias, bans and maxima
+  void (*start)(const Problem&, Row&);
+  // collect the candidates of the next step; false where the row is done
+  bool (*scan)(const Problem&, Row&);
+  // choose among the candidates, record, subtract from the residual; false where the row is done
+  bool (*decide)(const Problem&, Row&);
+  // subtract one Gram row from the correlations while `next` is fetched into the cache
+  void (*subtract16)(const Problem&, Row&, const int16_t* entries, float scale, float diagonal,
+                     float error, const void* next);
+  void (*subtract32)(const Problem&, Row&, const float* entries, float scale, float diagonal,
+                     float error, const void* next);
+  // one fp32 Gram row -> entries, scale, diagonal, error
+  void (*quantise)(const float* product, int64_t n, int64_t diagonal_at, double rounding,
+                   int16_t* entries, int64_t stride, float* scale, float* diagonal, float* error);
+  double (*norm)(const float* row, int64_t d);
+  void (*backward_row)(const Backward&, int64_t row, float* g);
+  void (*backward_columns)(const Backward&, int64_t first, int64_t last, float* r, float* g);
+};
+
+extern const Functions plain_functions;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define MPSAE_X86 1
+extern const Functions avx2_functions;
+extern const Functions avx512_functions;
+// correlations [rows, stride] of packed rows with every atom of the packed encoder
+void product_bf16(const uint32_t* rows, int64_t groups, const uint16_t* packed, int64_t n,
+                  int64_t pairs, float* correlation, int64_t stride);
+#endif
+
+}  // namespace mpsae

@@ -1,0 +1,31 @@
+"""Build of the optional CPU extension; everything else is in pyproject.toml."""
+
+import sys
+
+from setuptools import Extension, setup
+
+SOURCES = ["module", "driver", "plain", "avx2", "avx512", "product_bf16"]
+HEADERS = ["problem", "driver", "simd", "pursuit", "gram", "backward", "table"]
+FLAGS = (
+    ["/O2", "/std:c++17"]
+    if sys.platform == "win32"
+    # no -march: each file names its own instruction set, and the CPU at hand decides
+    else ["-O3", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-pthread"]
+)
+
+cpu = Extension(
+    "mpsae.kernels._cpu",
+    sources=[f"kernels/csrc/{name}.cpp" for name in SOURCES],
+    depends=[f"kernels/csrc/{name}.h" for name in HEADERS],
+    extra_compile_args=FLAGS,
+    extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
+    language="c++",
+    optional=True,
+)
+
+setup(
+    name="mpsae",
+    packages=["mpsae", "mpsae.kernels"],
+    package_dir={"mpsae": "mpsae", "mpsae.kernels": "kernels"},
+    ext_modules=[cpu],
+)
