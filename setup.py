@@ -10,7 +10,7 @@ FLAGS = (
     ["/O2", "/std:c++17"]
     if sys.platform == "win32"
     # no -march: each file names its own instruction set, and the CPU at hand decides
-    else ["-O3", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-pthread"]
+    else ["-O3", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-pthread", "-g0"]
 )
 
 cpu = Extension(

@@ -12,23 +12,14 @@ constexpr double EPS = 1.1920929e-7;
 constexpr double TINY = 1.1754944e-38;
 constexpr int64_t SLOTS = 3;
 
-uint16_t to_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
-  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
-
-float from_bf16(uint16_t half) {
-  const uint32_t bits = uint32_t(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 int64_t blocks_of(int64_t n) { return (round_up(n, PAD) + BLOCK - 1) / BLOCK; }
 
 bool finite(double value) { return std::fabs(value) < std::numeric_limits<double>::infinity(); }
+
+// NaN stays once it is there.
+void keep_larger(double& most, double value) {
+  if (value > most || value != value) most = value;
+}
 
 // Rounding bound of an fp32 product of a vector of this norm with every encoder row, bias added.
 double product_bound(const Problem& p, double norm) {
@@ -43,20 +34,9 @@ double packed_bound(const Problem& p, double norm, double miss) {
          product_bound(p, norm + miss);
 }
 
-// Round a row to bf16 in place `at` of its group; returns ||v - bf16(v)||.
-template <class T>
-double pack_row(const T* v, int64_t d, uint32_t* group, int64_t at) {
-  double miss = 0;
-  for (int64_t i = 0; i < d; i += 2) {
-    uint16_t half[2] = {0, 0};
-    for (int64_t l = 0; l < 2 && i + l < d; l++) {
-      half[l] = to_bf16(float(v[i + l]));
-      const double gap = double(v[i + l]) - double(from_bf16(half[l]));
-      miss += gap * gap;
-    }
-    group[i / 2 * TILE_B + at] = uint32_t(half[0]) | uint32_t(half[1]) << 16;
-  }
-  return std::sqrt(miss);
+// Where row `at` of a block goes among the packed rows.
+uint32_t* place(uint32_t* packed, int64_t at, int64_t pairs) {
+  return packed + at / TILE_B * TILE_B * pairs + at % TILE_B;
 }
 
 // Begin a row: the residual in fp64, its norm, no step taken. False where it is not finite.
@@ -82,11 +62,7 @@ void close_row(const Problem& p, const Row& row) {
 }
 
 void products(const Problem& p, const uint32_t* rows, int64_t count, float* out, int64_t stride) {
-#if defined(MPSAE_X86)
   product_bf16(rows, round_up(count, TILE_B) / TILE_B, p.packed, p.n, (p.d + 1) / 2, out, stride);
-#else
-  (void)p, (void)rows, (void)count, (void)out, (void)stride;
-#endif
 }
 
 // Rows waiting for a slot, and where their products <x, encoder_i> lie.
@@ -218,8 +194,7 @@ void pursue_gram(const Problem& p, const Gram& gram, const Functions& f) {
       const int64_t last = first + block < p.B ? first + block : p.B;
       for (int64_t b = first; b < last; b++)
         miss.get()[b - first] =
-            pack_row(p.x + b * p.d, p.d, packed.get() + (b - first) / TILE_B * TILE_B * pairs,
-                     (b - first) % TILE_B);
+            pack_bf16(p.x + b * p.d, p.d, place(packed.get(), b - first, pairs), TILE_B);
       products(p, packed.get(), last - first, product.get(), stride);
       std::atomic<int64_t> waiting{first};
       carousel.run({&waiting, first, last, product.get(), stride, miss.get()});
@@ -235,6 +210,7 @@ void pursue_stream(const Problem& p, int64_t threads, int64_t block_rows, const 
   parallel(threads, [&](int64_t) {
     Buffer<uint32_t> packed(block * pairs);
     Buffer<float> product(block * stride);
+    Buffer<float> narrow(p.d);
     Buffer<Row> rows(block);
     Buffer<double> residual(block * p.d);
     Buffer<float> maxima(blocks_of(p.n) * f.lanes);
@@ -260,9 +236,10 @@ void pursue_stream(const Problem& p, int64_t threads, int64_t block_rows, const 
       while (live) {
         for (int64_t i = 0; i < live; i++) {
           Row& row = rows.get()[i];
-          const double miss = pack_row(row.residual, p.d,
-                                       packed.get() + i / TILE_B * TILE_B * pairs, i % TILE_B);
-          row.bound = packed_bound(p, row.norm, miss);
+          for (int64_t l = 0; l < p.d; l++) narrow.get()[l] = float(row.residual[l]);
+          const double miss =
+              pack_bf16(narrow.get(), p.d, place(packed.get(), i, pairs), TILE_B);
+          row.bound = packed_bound(p, row.norm, miss + EPS * row.norm);
         }
         products(p, packed.get(), live, product.get(), stride);
         int64_t kept = 0;
@@ -304,7 +281,7 @@ Session::Session(const Problem& p, const Functions& f, float* product, int64_t s
       double miss[TILE_B];
       if (low) {
         for (int64_t b = first; b < last; b++)
-          miss[b - first] = pack_row(p_.x + b * p_.d, p_.d, packed.get(), b - first);
+          miss[b - first] = pack_bf16(p_.x + b * p_.d, p_.d, packed.get() + b - first, TILE_B);
         products(p_, packed.get(), last - first, product + first * stride, stride);
       }
       for (int64_t b = first; b < last; b++) {
@@ -374,34 +351,28 @@ void Session::subtract(const int16_t* entries, int64_t stride, const float* scal
   });
 }
 
-double pack_bf16(const float* encoder, int64_t n, int64_t d, uint16_t* packed, int64_t threads) {
+double pack_encoder(const float* encoder, int64_t n, int64_t d, uint32_t* packed,
+                    int64_t threads) {
   const int64_t pairs = (d + 1) / 2, panels = round_up(n, TILE_N) / TILE_N;
   std::atomic<int64_t> next{0};
   std::vector<double> worst(size_t(threads), 0.0);
   parallel(threads, [&](int64_t thread) {
-    double most = 0;
     for (int64_t q; (q = next.fetch_add(1)) < panels;) {
-      uint16_t* panel = packed + q * pairs * 2 * TILE_N;
+      uint32_t* panel = packed + q * pairs * TILE_N;
       for (int64_t a = 0; a < TILE_N; a++) {
         const int64_t atom = q * TILE_N + a;
-        double miss = 0;
-        for (int64_t i = 0; i < 2 * pairs; i++) {
-          const float value = atom < n && i < d ? encoder[atom * d + i] : 0;
-          const uint16_t half = to_bf16(value);
-          const double gap = double(value) - double(from_bf16(half));
-          miss += gap * gap;
-          panel[(i / 2 * TILE_N + a) * 2 + i % 2] = half;
+        if (atom >= n) {
+          for (int64_t i = 0; i < pairs; i++) panel[i * TILE_N + a] = 0;
+          continue;
         }
-        // NaN is not below anything: it must not be lost
-        if (!(miss <= most)) most = miss;
+        const double miss = pack_bf16(encoder + atom * d, d, panel + a, TILE_N);
+        keep_larger(worst[size_t(thread)], miss);
       }
     }
-    worst[size_t(thread)] = most;
   });
   double most = 0;
-  for (double miss : worst)
-    if (!(miss <= most)) most = miss;
-  return std::sqrt(most);
+  for (double miss : worst) keep_larger(most, miss);
+  return most;
 }
 
 double largest_norm(const float* rows, int64_t n, int64_t d, int64_t threads, const Functions& f) {
@@ -410,14 +381,11 @@ double largest_norm(const float* rows, int64_t n, int64_t d, int64_t threads, co
   constexpr int64_t CHUNK = 64;
   parallel(threads, [&](int64_t thread) {
     for (int64_t first; (first = next.fetch_add(CHUNK)) < n;)
-      for (int64_t j = first; j < n && j < first + CHUNK; j++) {
-        const double size = f.norm(rows + j * d, d);
-        if (!(size <= most[size_t(thread)])) most[size_t(thread)] = size;
-      }
+      for (int64_t j = first; j < n && j < first + CHUNK; j++)
+        keep_larger(most[size_t(thread)], f.norm(rows + j * d, d));
   });
   double top = 0;
-  for (double size : most)
-    if (!(size <= top)) top = size;
+  for (double size : most) keep_larger(top, size);
   return top;
 }
 

@@ -92,7 +92,7 @@ class Session {
   Buffer<double> residual_;
 };
 
-double pack_bf16(const float* encoder, int64_t n, int64_t d, uint16_t* packed, int64_t threads);
+double pack_encoder(const float* encoder, int64_t n, int64_t d, uint32_t* packed, int64_t threads);
 double largest_norm(const float* rows, int64_t n, int64_t d, int64_t threads, const Functions& f);
 void quantise_rows(const float* product, int64_t rows, int64_t n, int64_t product_stride,
                    const int64_t* atoms, const double* rounding, int16_t* entries, int64_t stride,

@@ -70,7 +70,7 @@ bool read_problem(PyObject* tuple, Problem* p) {
   p->diagonal = at<const float>(diagonal);
   p->error = at<const float>(error);
   p->stride = stride;
-  p->packed = at<const uint16_t>(packed);
+  p->packed = at<const uint32_t>(packed);
   p->k_rows = at<const int64_t>(k_rows);
   p->slices = at<const int64_t>(slices);
   p->stop_on_repeat = stop_on_repeat, p->allow_repeats = allow_repeats, p->certified = certified;
@@ -95,7 +95,7 @@ PyObject* pack(PyObject*, PyObject* args) {
   if (!PyArg_ParseTuple(args, "KLLKL", &encoder, &n, &d, &packed, &threads)) return nullptr;
   double error = 0;
   const bool ok = unlocked(
-      [&] { error = pack_bf16(at<const float>(encoder), n, d, at<uint16_t>(packed), threads); });
+      [&] { error = pack_encoder(at<const float>(encoder), n, d, at<uint32_t>(packed), threads); });
   return ok ? PyFloat_FromDouble(error) : nullptr;
 }
 

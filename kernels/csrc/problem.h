@@ -30,7 +30,7 @@ struct Problem {
   const float* error;
   int64_t stride;
 
-  const uint16_t* packed;  // bf16 encoder, [n / 32, d / 2, 32, 2], or null
+  const uint32_t* packed;  // bf16 encoder, [n / 32, d / 2, 32] pairs of columns, or null
   double encoder_norm;     // max ||encoder_i||
   double dictionary_norm;  // max ||dictionary_j||
   double packed_error;     // max ||encoder_i - bf16(encoder_i)||
@@ -109,9 +109,12 @@ extern const Functions plain_functions;
 #define MPSAE_X86 1
 extern const Functions avx2_functions;
 extern const Functions avx512_functions;
-// correlations [rows, stride] of packed rows with every atom of the packed encoder
-void product_bf16(const uint32_t* rows, int64_t groups, const uint16_t* packed, int64_t n,
-                  int64_t pairs, float* correlation, int64_t stride);
 #endif
+
+// correlations [groups * TILE_B, stride] of packed rows with every atom of the packed encoder
+void product_bf16(const uint32_t* rows, int64_t groups, const uint32_t* packed, int64_t n,
+                  int64_t pairs, float* correlation, int64_t stride);
+// v [d] to bf16, columns 2i and 2i + 1 in out[i * stride]; returns ||v - bf16(v)||
+double pack_bf16(const float* v, int64_t d, uint32_t* out, int64_t stride);
 
 }  // namespace mpsae

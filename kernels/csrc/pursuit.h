@@ -160,18 +160,13 @@ static bool scan(const Problem& p, Row& row) {
     if (p.slices) top = absolute ? window_top<true>(row, w) : window_top<false>(row, w);
     if (!(top > NOTHING)) return false;
     if (double(top) + row.bound <= p.correlation_threshold) return false;
-    const float least =
-        p.certified && row.bound > 0
-            ? std::nextafter(float(double(top) - 2 * row.bound), NOTHING)
-            : top;
+    // an eighth of the bound is more than errors come to in practice, though nothing proves it
+    const double reach = p.certified ? 2 * row.bound : row.bound / 4;
+    const float least = reach > 0 ? std::nextafter(float(double(top) - reach), NOTHING) : top;
     row.count = absolute ? collect<true>(row, p.n, least, w) : collect<false>(row, p.n, least, w);
-    if (!p.certified || row.bound == 0) row.count = row.count > 1 ? 1 : row.count;
-    if (refreshed) break;
-    // Without a certificate the bound tells when c no longer means anything; with one, comparing
-    // many candidates again and again costs more than computing all of them once.
-    const bool stale = p.certified ? row.excess + row.count - 1 > p.n / 4
-                                   : row.bound > 0.25 * std::fabs(double(top));
-    if (!stale || row.bound == 0) break;
+    if (reach == 0 && row.count > 1) row.count = 1;  // exact: the lowest index it is
+    // comparing many candidates again and again costs more than computing all of them once
+    if (refreshed || row.bound == 0 || row.excess + row.count - 1 <= p.n / 4) break;
     refresh(p, row);
   }
   row.excess += row.count - 1;
