@@ -4,8 +4,8 @@ import sys
 
 from setuptools import Extension, setup
 
-SOURCES = ["module", "driver", "plain", "avx2", "avx512", "product_bf16"]
-HEADERS = ["problem", "driver", "simd", "pursuit", "gram", "backward", "table"]
+SOURCES = ["module", "driver", "pursue", "session", "plain", "avx2", "avx512", "product_bf16"]
+HEADERS = ["problem", "driver", "rows", "simd", "pursuit", "gram", "backward", "table"]
 FLAGS = (
     ["/O2", "/std:c++17"]
     if sys.platform == "win32"

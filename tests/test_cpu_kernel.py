@@ -161,7 +161,8 @@ def check(problem, result):
         a = torch.where(took, a, 0)
         assert ((values[:, t] - a).abs() <= ROUNDING * a.abs() + 1e-13 * size).all()
         assert (indices[:, t][~took] == 0).all()
-        r = torch.where(took[:, None], r - a[:, None] * problem.dictionary.double()[indices[:, t]], r)
+        atoms = problem.dictionary.double()[indices[:, t]]
+        r = torch.where(took[:, None], r - a[:, None] * atoms, r)
         size = torch.maximum(size, norm)
     assert ((residual - r).norm(dim=1) <= ROUNDING * r.norm(dim=1) + 1e-12 * size).all()
 
@@ -414,6 +415,7 @@ def test_nothing_to_do(method):
 def test_bad_input_is_refused_with_the_value_received():
     x, atoms = torch.zeros(4, 6), torch.ones(9, 6)
     gram = cpu.build_gram(atoms)
+    narrow, short = gram._replace(entries=gram.entries[:, :9]), gram._replace(scale=gram.scale[:8])
     for pattern, arguments, options in [
         (r"x is \[4, 5\], expected \[4, 6\]", (x[:, :5], atoms), {}),
         (r"x is \[6\]", (x[0], atoms), {}),
@@ -421,8 +423,8 @@ def test_bad_input_is_refused_with_the_value_received():
         (r"dictionary is \[0, 6\]", (x, atoms[:0]), {}),
         (r"encoder is \[8, 6\]", (x, atoms, atoms[:8]), {}),
         (r"bias is \[6\]", (x, atoms, None, atoms[0]), {}),
-        (r"gram.entries is \[9, 9\]", (x, atoms, None, None, gram._replace(entries=gram.entries[:, :9])), {}),
-        (r"gram.scale is", (x, atoms, None, None, gram._replace(scale=gram.scale[:8])), {}),
+        (r"gram.entries is \[9, 9\]", (x, atoms, None, None, narrow), {}),
+        (r"gram.scale is", (x, atoms, None, None, short), {}),
         (r"k must not be negative, got -1", (x, atoms), {"k": -1}),
         (r"k_rows is torch.int32", (x, atoms), {"k_rows": torch.ones(4, dtype=torch.int32)}),
         (r"slices is \[3, 2\], expected \[2, 2\]", (x, atoms), {"slices": torch.ones(3, 2).long()}),
