@@ -10,6 +10,10 @@
 
 #include "problem.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace mpsae {
 
 // The best functions this CPU can run, or the named ones; null where it cannot run those.
@@ -40,19 +44,37 @@ void parallel(int64_t threads, Work work) {
   if (failed) throw std::bad_alloc();
 }
 
-// Memory on cache lines, not initialised.
+// Ask for large pages behind memory not yet touched.
+inline void large_pages(void* memory, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t PAGE = 4096;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes) / PAGE * PAGE;
+  // advice only: without it everything works, with more page faults
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
+// Memory on cache lines, in large pages where it is large, not initialised.
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(::operator new(size_t(count > 0 ? count : 1) * sizeof(T),
-                                             std::align_val_t(64)))) {}
-  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  explicit Buffer(int64_t count) {
+    const size_t bytes = size_t(count > 0 ? count : 1) * sizeof(T);
+    align_ = std::align_val_t(bytes < LARGE ? 64 : LARGE);
+    data_ = static_cast<T*>(::operator new(bytes, align_));
+    if (bytes >= LARGE) large_pages(data_, bytes);
+  }
+  ~Buffer() { ::operator delete(data_, align_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   T* get() const { return data_; }
 
  private:
+  static constexpr size_t LARGE = size_t(2) << 20;
+  std::align_val_t align_;
   T* data_;
 };
 

@@ -7,10 +7,6 @@
 
 #include "driver.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace {
 
 using namespace mpsae;
@@ -257,17 +253,11 @@ PyObject* backward(PyObject*, PyObject* args) {
   return none_if(unlocked([&] { reverse(q, threads, *f); }));
 }
 
-// Ask for large pages behind memory not yet touched: rows of the Gram are read in random order.
-PyObject* large_pages(PyObject*, PyObject* args) {
+PyObject* advise(PyObject*, PyObject* args) {
   Address address;
   long long bytes;
   if (!PyArg_ParseTuple(args, "KL", &address, &bytes)) return nullptr;
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr Address PAGE = 4096;
-  const Address first = (address + PAGE - 1) / PAGE * PAGE;
-  const Address last = (address + Address(bytes)) / PAGE * PAGE;
-  if (first < last) madvise(at<void>(first), size_t(last - first), MADV_HUGEPAGE);
-#endif
+  large_pages(at<void>(address), size_t(bytes));
   Py_RETURN_NONE;
 }
 
@@ -283,7 +273,7 @@ PyMethodDef methods[] = {
     {"subtract", subtract, METH_VARARGS, "Gram rows for the step just taken"},
     {"renew", renew, METH_VARARGS, "correlations of a session computed anew"},
     {"backward", backward, METH_VARARGS, "reverse pass"},
-    {"large_pages", large_pages, METH_VARARGS, "advise large pages"},
+    {"large_pages", advise, METH_VARARGS, "advise large pages"},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu", "CPU kernel of mpsae.", -1, methods,
