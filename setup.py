@@ -19,6 +19,7 @@ cpu = Extension(
     depends=[f"kernels/csrc/{name}.h" for name in HEADERS],
     extra_compile_args=FLAGS,
     extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
+    libraries=["dl"] if sys.platform == "linux" else [],  # in libc from glibc 2.34 on
     language="c++",
     optional=True,
 )

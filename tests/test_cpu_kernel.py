@@ -241,8 +241,9 @@ def problems(draw):
     if draw(st.booleans()):
         problem.k_rows = torch.arange(B) % (k + 1)
     if draw(st.booleans()):
-        first = torch.randint(0, n, (k, 1))
-        problem.slices = torch.cat([first, first + torch.randint(0, n + 1, (k, 1))], 1)
+        g = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+        first = torch.randint(0, n, (k, 1), generator=g)
+        problem.slices = torch.cat([first, first + torch.randint(0, n + 1, (k, 1), generator=g)], 1)
     return problem, exact
 
 

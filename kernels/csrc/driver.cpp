@@ -3,6 +3,12 @@
 
 #include <cmath>
 #include <cstring>
+#include <string>
+
+#if defined(__GLIBC__)
+#include <dlfcn.h>
+#include <link.h>
+#endif
 
 namespace mpsae {
 
@@ -90,6 +96,31 @@ void reverse(const Backward& q, int64_t threads, const Functions& f) {
       f.backward_columns(q, first, last < q.d ? last : q.d, r.get(), g.get());
     }
   });
+}
+
+OpenMP open_mp() {
+#if defined(__GLIBC__)
+  static const OpenMP found = [] {
+    std::string path;
+    const auto look = [](dl_phdr_info* library, size_t, void* data) {
+      std::string& best = *static_cast<std::string*>(data);
+      const std::string name = library->dlpi_name ? library->dlpi_name : "";
+      const size_t slash = name.rfind('/');
+      const std::string file = slash == std::string::npos ? name : name.substr(slash + 1);
+      for (const char* start : {"libgomp", "libomp", "libiomp"})
+        if (file.rfind(start, 0) == 0 &&
+            (best.empty() || name.find("torch") != std::string::npos))
+          best = name;
+      return 0;
+    };
+    dl_iterate_phdr(look, &path);
+    void* library = path.empty() ? nullptr : dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<OpenMP>(dlsym(library, "GOMP_parallel")) : nullptr;
+  }();
+  return found;
+#else
+  return nullptr;
+#endif
 }
 
 bool has_bf16() {

@@ -20,28 +20,46 @@ namespace mpsae {
 const Functions* functions_for(const char* name);
 bool has_bf16();
 
-// Call work(thread) on `threads` threads, this one included. What a thread throws is thrown here.
+// GOMP_parallel of the OpenMP library that torch brought into this process, or null. Its threads
+// wait for work by spinning for milliseconds after each of torch's own operators: threads of ours
+// would have to share the cores with them.
+using OpenMP = void (*)(void (*)(void*), void*, unsigned, unsigned);
+OpenMP open_mp();
+
+// Call work(thread) on `threads` threads or fewer, this one included: work hands itself out as it
+// is asked for. Throws std::bad_alloc where work threw.
 template <class Work>
 void parallel(int64_t threads, Work work) {
-  std::atomic<bool> failed{false};
-  const auto guarded = [&](int64_t thread) {
-    try {
-      work(thread);
-    } catch (...) {
-      failed = true;
+  struct Team {
+    Work& work;
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    static void run(void* self) {
+      Team& team = *static_cast<Team*>(self);
+      try {
+        team.work(team.next.fetch_add(1));
+      } catch (...) {
+        team.failed = true;
+      }
     }
-  };
-  std::vector<std::thread> others;
-  for (int64_t i = 1; i < threads; i++) {
-    try {
-      others.emplace_back(guarded, i);
-    } catch (const std::system_error&) {
-      break;  // fewer threads do the same work: it is handed out as it is asked for
+  } team{work};
+  if (threads == 1) {
+    Team::run(&team);
+  } else if (const OpenMP start = open_mp()) {
+    start(Team::run, &team, unsigned(threads), 0);
+  } else {
+    std::vector<std::thread> others;
+    for (int64_t i = 1; i < threads; i++) {
+      try {
+        others.emplace_back(Team::run, &team);
+      } catch (const std::system_error&) {
+        break;
+      }
     }
+    Team::run(&team);
+    for (auto& other : others) other.join();
   }
-  guarded(0);
-  for (auto& other : others) other.join();
-  if (failed) throw std::bad_alloc();
+  if (team.failed) throw std::bad_alloc();
 }
 
 // Ask for large pages behind memory not yet touched.
@@ -112,6 +130,7 @@ class Session {
   Buffer<Row> rows_;
   Buffer<float> maxima_;
   Buffer<double> residual_;
+  Buffer<uint64_t> scored_;
 };
 
 double pack_encoder(const float* encoder, int64_t n, int64_t d, uint32_t* packed, int64_t threads);

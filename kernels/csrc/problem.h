@@ -14,6 +14,8 @@ constexpr int64_t TILE_N = 32;
 
 static constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
+static constexpr int64_t words(int64_t n) { return (n + 63) / 64; }
+
 enum Select : int { RELU = 0, MAX = 1, ABS = 2 };
 
 struct Problem {
@@ -49,17 +51,20 @@ struct Problem {
   int64_t* rescored;  // [B]
 };
 
-// One row under way. The bound holds for every atom: |correlation_i - (<r, encoder_i> + bias_i)|.
+// One row under way. `bound` is the most that a correlation may be off from <r, encoder_i> +
+// bias_i; `drift` is the same for atoms that were scored: their exact correlation was once put in
+// place, so they carry what came after only.
 struct Row {
   float* correlation;  // [round_up(n, PAD)], NaN where padded or banned
   float* maxima;       // [blocks, lanes] running maxima, one vector a block
   double* residual;    // [d]
   int32_t* candidates;  // [n]
-  double* scored;       // [n] exact correlations of the candidates
-  double bound, norm, value, exact;
+  double* exact;        // [n] exact correlations of the candidates, NaN where not needed
+  uint64_t* scored;     // [n / 64] one bit an atom
+  double bound, drift, norm, value, best;
   int64_t row, t, limit, atom;
   int64_t count;   // candidates of this step
-  int64_t excess;  // candidates beyond the first since the last refresh
+  int64_t excess;  // candidates scored since the last refresh
   float top;       // largest score of the row
   bool live;
 };

@@ -32,12 +32,14 @@ class Carousel {
         maxima_(SLOTS * blocks_of(p.n) * f.lanes),
         residual_(SLOTS * p.d),
         candidates_(SLOTS * p.n),
-        scored_(SLOTS * p.n) {
+        exact_(SLOTS * p.n),
+        scored_(SLOTS * words(p.n)) {
     for (int64_t s = 0; s < SLOTS; s++) {
       rows_[s].maxima = maxima_.get() + s * blocks_of(p.n) * f.lanes;
       rows_[s].residual = residual_.get() + s * p.d;
       rows_[s].candidates = candidates_.get() + s * p.n;
-      rows_[s].scored = scored_.get() + s * p.n;
+      rows_[s].exact = exact_.get() + s * p.n;
+      rows_[s].scored = scored_.get() + s * words(p.n);
     }
   }
 
@@ -110,7 +112,8 @@ class Carousel {
   Buffer<float> maxima_;
   Buffer<double> residual_;
   Buffer<int32_t> candidates_;
-  Buffer<double> scored_;
+  Buffer<double> exact_;
+  Buffer<uint64_t> scored_;
 };
 
 }  // namespace
@@ -160,7 +163,8 @@ void pursue_stream(const Problem& p, int64_t threads, int64_t block_rows, const 
     Buffer<double> residual(block * p.d);
     Buffer<float> maxima(blocks_of(p.n) * f.lanes);
     Buffer<int32_t> candidates(p.n);
-    Buffer<double> scored(p.n);
+    Buffer<double> exact(p.n);
+    Buffer<uint64_t> scored(words(p.n));
     std::memset(packed.get(), 0, size_t(block * pairs) * sizeof(uint32_t));
     for (;;) {
       const int64_t first = next.fetch_add(block);
@@ -172,6 +176,7 @@ void pursue_stream(const Problem& p, int64_t threads, int64_t block_rows, const 
         row.residual = residual.get() + live * p.d;
         row.maxima = maxima.get();
         row.candidates = candidates.get();
+        row.exact = exact.get();
         row.scored = scored.get();
         if (open_row(p, row, b))
           live++;

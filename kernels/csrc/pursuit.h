@@ -3,8 +3,10 @@
 //
 // The correlations c are fp32 and only choose; the residual r is fp64, so that the coefficient
 // a = <r, e_j> + b_j and the comparison of near ties are those of an fp64 pursuit.
-// With |c_i - (<r, e_i> + b_i)| <= E for all i, the best atom is among those within 2 E of the
-// largest c: one candidate needs no proof, several are compared by their exact correlations.
+// With |c_i - (<r, e_i> + b_i)| <= E_i for all i, the best atom is among those with
+// c_i + E_i >= max (c_j - E_j): one candidate needs no proof, several are compared by their exact
+// correlations. These go into c, and such an atom has a small E_i from then on: it is not compared
+// again and again because it stays close to the maximum.
 #pragma once
 #include "problem.h"
 #include "simd.h"
@@ -85,6 +87,7 @@ static void start(const Problem& p, Row& row) {
   if (p.bias)
     for (int64_t i = 0; i < p.n; i++) c[i] += p.bias[i];
   for (int64_t i = p.n; i < round_up(p.n, PAD); i++) c[i] = BANNED;
+  std::memset(row.scored, 0, size_t(words(p.n)) * sizeof *row.scored);
   if (!p.allow_repeats)
     for (int64_t t = 0; t < row.t; t++) c[p.indices[row.row * p.k + t]] = BANNED;
   if (p.select == ABS)
@@ -93,12 +96,13 @@ static void start(const Problem& p, Row& row) {
     watch<false>(row, p.n);
 }
 
-// Compute all correlations anew, in fp32 from r: bound and correlations belong together again.
+// Compute all correlations anew from r: bound and correlations belong together again.
 static void refresh(const Problem& p, Row& row) {
   for (int64_t i = 0; i < p.n; i++)
     row.correlation[i] = float(dot(row.residual, p.encoder + i * p.d, p.d));
   start(p, row);
   row.bound = row.norm == 0 ? 0 : 2 * EPS * (row.norm * p.encoder_norm + p.bias_size);
+  row.drift = row.bound;
   row.excess = 0;
 }
 
@@ -150,6 +154,35 @@ static int64_t collect(Row& row, int64_t n, float least, Window w) {
   return count;
 }
 
+static inline bool is_scored(const Row& row, int64_t atom) {
+  return row.scored[atom / 64] >> (atom % 64) & 1;
+}
+
+// What a correlation may be off. An eighth of the bound is more than errors come to in practice,
+// though nothing proves it: that is what a pursuit without certificate goes by.
+static inline double reach(const Problem& p, const Row& row, int64_t atom) {
+  return (is_scored(row, atom) ? row.drift : row.bound) * (p.certified ? 1 : 0.125);
+}
+
+// Keep the candidates that may be the best; returns how many of them were never scored.
+static int64_t narrow(const Problem& p, Row& row) {
+  double low = NOTHING;
+  for (int64_t i = 0; i < row.count; i++) {
+    const int64_t atom = row.candidates[i];
+    const double sure = score_of(p, row.correlation[atom]) - reach(p, row, atom);
+    low = sure > low ? sure : low;
+  }
+  int64_t kept = 0, fresh = 0;
+  for (int64_t i = 0; i < row.count; i++) {
+    const int64_t atom = row.candidates[i];
+    if (score_of(p, row.correlation[atom]) + reach(p, row, atom) < low) continue;
+    fresh += !is_scored(row, atom);
+    row.candidates[kept++] = int32_t(atom);
+  }
+  row.count = kept;
+  return fresh;
+}
+
 static bool scan(const Problem& p, Row& row) {
   if (row.t >= row.limit) return false;
   const Window w = window_of(p, row.t);
@@ -160,16 +193,18 @@ static bool scan(const Problem& p, Row& row) {
     if (p.slices) top = absolute ? window_top<true>(row, w) : window_top<false>(row, w);
     if (!(top > NOTHING)) return false;
     if (double(top) + row.bound <= p.correlation_threshold) return false;
-    // an eighth of the bound is more than errors come to in practice, though nothing proves it
-    const double reach = p.certified ? 2 * row.bound : row.bound / 4;
-    const float least = reach > 0 ? std::nextafter(float(double(top) - reach), NOTHING) : top;
+    const double window = row.bound * (p.certified ? 2 : 0.25);
+    const float least = window > 0 ? std::nextafter(float(double(top) - window), NOTHING) : top;
     row.count = absolute ? collect<true>(row, p.n, least, w) : collect<false>(row, p.n, least, w);
-    if (reach == 0 && row.count > 1) row.count = 1;  // exact: the lowest index it is
-    // comparing many candidates again and again costs more than computing all of them once
-    if (refreshed || row.bound == 0 || row.excess + row.count - 1 <= p.n / 4) break;
+    if (window == 0 && row.count > 1) row.count = 1;  // exact: the lowest index it is
+    const int64_t fresh = row.count > 1 ? narrow(p, row) : 0;
+    // scoring many candidates costs more than computing all correlations once
+    if (refreshed || row.bound == 0 || row.excess + fresh <= p.n / 4 + 1) {
+      row.excess += fresh;
+      break;
+    }
     refresh(p, row);
   }
-  row.excess += row.count - 1;
   for (int64_t i = 0; i < row.count && i < 8; i++) {
     const float* e = p.encoder + int64_t(row.candidates[i]) * p.d;
     for (int64_t l = 0; l < p.d; l += 16) fetch(e + l);
@@ -177,25 +212,45 @@ static bool scan(const Problem& p, Row& row) {
   return row.count > 0;
 }
 
+static double correlate(const Problem& p, const Row& row, int64_t atom) {
+  const double c = dot(row.residual, p.encoder + atom * p.d, p.d);
+  return p.bias ? c + double(p.bias[atom]) : c;
+}
+
 static bool decide(const Problem& p, Row& row) {
-  int64_t best = -1;
+  double low = NOTHING;
   for (int64_t i = 0; i < row.count; i++) {
     const int64_t atom = row.candidates[i];
-    double c = dot(row.residual, p.encoder + atom * p.d, p.d);
-    if (p.bias) c += double(p.bias[atom]);
-    row.scored[i] = c;
-    if (best < 0 ? c == c : score_of(p, c) > score_of(p, row.scored[best])) best = i;
+    double sure;
+    if (is_scored(row, atom)) {
+      row.exact[i] = BANNED;
+      sure = score_of(p, row.correlation[atom]) - reach(p, row, atom);
+    } else {
+      row.exact[i] = correlate(p, row, atom);
+      sure = score_of(p, row.exact[i]);
+    }
+    low = sure > low ? sure : low;
+  }
+  int64_t best = -1, compared = 0;
+  for (int64_t i = 0; i < row.count; i++) {
+    const int64_t atom = row.candidates[i];
+    if (is_scored(row, atom)) {
+      if (score_of(p, row.correlation[atom]) + reach(p, row, atom) < low) continue;
+      row.exact[i] = correlate(p, row, atom);
+    }
+    const double c = row.exact[i];
+    if (c != c) continue;
+    compared++;
+    row.correlation[atom] = float(c);
+    row.scored[atom / 64] |= uint64_t(1) << (atom % 64);
+    if (best < 0 || score_of(p, c) > score_of(p, row.exact[best])) best = i;
   }
   if (best < 0) return false;
-  if (row.count > 1) {
-    p.rescored[row.row]++;
-    for (int64_t i = 0; i < row.count; i++)
-      row.correlation[row.candidates[i]] = float(row.scored[i]);
-  }
   row.atom = row.candidates[best];
-  row.exact = row.scored[best];
-  if (!(score_of(p, row.exact) > p.correlation_threshold)) return false;
-  row.value = p.select == RELU && row.exact < 0 ? 0 : row.exact;
+  row.best = row.exact[best];
+  if (!(score_of(p, row.best) > p.correlation_threshold)) return false;
+  p.rescored[row.row] += compared > 1;
+  row.value = p.select == RELU && row.best < 0 ? 0 : row.best;
 
   int64_t* indices = p.indices + row.row * p.k;
   bool repeated = false;
@@ -245,12 +300,14 @@ template <class Entry>
 static void subtract(const Problem& p, Row& row, const Entry* entries, float scale,
                      float diagonal, float error, const void* next) {
   const double a = std::fabs(row.value);
-  row.bound += a * double(error) +
-               EPS * (4 * a * p.dictionary_norm * p.encoder_norm +
-                      row.norm * p.encoder_norm + p.bias_size + row.bound);
+  const double more = a * double(error) +
+                      EPS * (4 * a * p.dictionary_norm * p.encoder_norm +
+                             row.norm * p.encoder_norm + p.bias_size + row.bound);
+  row.bound += more;
+  row.drift += more;
   // entries[j, j] is 0, so the pass below leaves this place as it is
   row.correlation[row.atom] =
-      p.allow_repeats ? float(row.exact - row.value * double(diagonal)) : BANNED;
+      p.allow_repeats ? float(row.best - row.value * double(diagonal)) : BANNED;
   const float share = float(row.value * double(scale));
   const char* ahead = static_cast<const char*>(next ? next : entries);
   if (p.select == ABS)

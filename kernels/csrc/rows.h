@@ -46,6 +46,7 @@ inline bool open_row(const Problem& p, Row& row, int64_t b) {
     sum += row.residual[i] * row.residual[i];
   }
   row.norm = std::sqrt(sum);
+  row.drift = EPS * (row.norm * p.encoder_norm + p.bias_size);  // exact ones are put in as fp32
   return finite(row.norm) && finite(p.encoder_norm) && finite(p.bias_size);
 }
 

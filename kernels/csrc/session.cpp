@@ -12,7 +12,8 @@ Session::Session(const Problem& p, const Functions& f, float* product, int64_t s
       threads_(threads),
       rows_(p.B),
       maxima_(p.B * blocks_of(p.n) * f.lanes),
-      residual_(p.B * p.d) {
+      residual_(p.B * p.d),
+      scored_(p.B * words(p.n)) {
   std::atomic<int64_t> next{0};
   const int64_t pairs = (p.d + 1) / 2;
   parallel(threads_, [&](int64_t) {
@@ -33,6 +34,7 @@ Session::Session(const Problem& p, const Functions& f, float* product, int64_t s
         row.correlation = product + b * stride;
         row.maxima = maxima_.get() + b * blocks_of(p_.n) * f_.lanes;
         row.residual = residual_.get() + b * p_.d;
+        row.scored = scored_.get() + b * words(p_.n);
         row.live = open_row(p_, row, b);
         if (!row.live) {
           close_row(p_, row);
@@ -50,13 +52,13 @@ int64_t Session::choose(int64_t* chosen) {
   std::atomic<int64_t> next{0}, live{0};
   parallel(threads_, [&](int64_t) {
     Buffer<int32_t> candidates(p_.n);
-    Buffer<double> scored(p_.n);
+    Buffer<double> exact(p_.n);
     for (int64_t b; (b = next.fetch_add(1)) < p_.B;) {
       Row& row = rows_.get()[b];
       chosen[b] = -1;
       if (!row.live) continue;
       row.candidates = candidates.get();
-      row.scored = scored.get();
+      row.exact = exact.get();
       row.live = f_.scan(p_, row) && f_.decide(p_, row);
       close_row(p_, row);
       if (row.live) {
