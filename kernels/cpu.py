@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 try:
-    from mpsae.kernels import _cpu
+    from mpsae.kernels import _cpu  # type: ignore[attr-defined]
 except ImportError as error:  # the extension is optional
     _cpu = None
     _missing = f"the compiled extension mpsae.kernels._cpu is not there ({error})"
@@ -422,7 +422,7 @@ def gram_pursuit(
     )  # fmt: skip
     if B == 0 or k == 0:
         outputs.residual.copy_(x)
-        return tuple(outputs)
+        return outputs
     if prepared is None:
         prepared = prepare(atoms, rows, n_threads=threads, isa=isa)
     elif not instruction_set(isa)[1]:
@@ -441,7 +441,7 @@ def gram_pursuit(
         _pursue_stream(task)
     else:
         raise ValueError(f"method must be auto, gram, lazy or stream, got {method!r}")
-    return tuple(outputs)
+    return outputs
 
 
 def _check_gram(gram: Gram, n: int) -> None:
@@ -611,7 +611,7 @@ def pursuit_backward(
         atoms.data_ptr(), rows.data_ptr(), indices.data_ptr(), values.data_ptr(),
         residual.data_ptr(), steps.data_ptr(), _address(grad_residual), _address(grad_values),
         B, d, n, k, select == "relu", detach_residual, tied, share.data_ptr(), grad_x.data_ptr(),
-        grad_dictionary.data_ptr(), (grad_dictionary if tied else grad_encoder).data_ptr(),
+        grad_dictionary.data_ptr(), _address(grad_dictionary if tied else grad_encoder),
         _address(grad_bias), threads, isa,
     )  # fmt: skip
     return grad_x, grad_dictionary, grad_encoder, grad_bias
