@@ -88,7 +88,9 @@ def slices(
         return None
     table = windows if isinstance(windows, Tensor) else torch.tensor(windows)
     if table.dtype not in _INTS or table.shape != (k, 2):
-        raise ValueError(f"slices must be {k} pairs of integers (first, last + 1), not {_of(table)}")
+        raise ValueError(
+            f"slices must be {k} pairs of integers (first, last + 1), not {_of(table)}"
+        )
     if table.device.type == "cpu":  # elsewhere the look would synchronise
         for t, (first, stop) in enumerate(table.tolist()):
             if not 0 <= first < stop <= n:

@@ -141,7 +141,7 @@ def _(grad_values, grad_residual, indices, values, residual, steps, dictionary, 
 
 
 def _setup_context(ctx, inputs, output):
-    x, dictionary, encoder, bias, *_ = inputs
+    _, dictionary, encoder, bias, *_ = inputs
     ctx.relu, ctx.detach_residual = inputs[12] == "relu", inputs[13]
     values, residual, indices, steps = output
     ctx.mark_non_differentiable(indices, steps)

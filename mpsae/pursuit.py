@@ -132,7 +132,9 @@ def matching_pursuit(
     if method == "reference":
         with torch.autocast(x.device.type, enabled=False):
             weights = [None if t is None else t.to(rows.dtype) for t in (dictionary, encoder, bias)]
-            found = reference.matching_pursuit(rows, *weights, options, k_rows=k_rows, slices=windows)
+            found = reference.matching_pursuit(
+                rows, *weights, options, k_rows=k_rows, slices=windows
+            )
     else:
         tensors = (rows, dictionary, encoder, bias, gram, k_rows, windows)
         values, residual, indices, taken = operator.pursuit(*tensors, *astuple(options), method)

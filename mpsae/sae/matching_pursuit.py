@@ -81,7 +81,7 @@ class MatchingPursuitSAE(SparseAutoencoder):
             self.b_enc = torch.nn.Parameter(torch.zeros(config.d_sae))
 
     def encode(self, x: Tensor, k: int | Tensor | None = None) -> Pursuit:
-        """Pursue ``[..., d_in]``; ``k`` in place of the config's stops earlier or goes on longer."""
+        """Pursue ``[..., d_in]``; ``k`` replaces the config's."""
         self._check_input(x)
         c = self.config
         return matching_pursuit(
