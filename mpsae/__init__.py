@@ -1,1 +1,36 @@
 """Matching-pursuit sparse autoencoders at about the price of TopK."""
+
+__version__ = "0.1.0"
+
+from mpsae.gram import gram_matrix
+from mpsae.pursuit import matching_pursuit
+from mpsae.sae import (
+    BatchTopKConfig,
+    BatchTopKSAE,
+    MatchingPursuitConfig,
+    MatchingPursuitSAE,
+    MatryoshkaConfig,
+    MatryoshkaSAE,
+    SAEOutput,
+    SparseAutoencoder,
+    TopKConfig,
+    TopKSAE,
+)
+from mpsae.sparse import Pursuit, SparseCode
+
+__all__ = [
+    "BatchTopKConfig",
+    "BatchTopKSAE",
+    "MatchingPursuitConfig",
+    "MatchingPursuitSAE",
+    "MatryoshkaConfig",
+    "MatryoshkaSAE",
+    "Pursuit",
+    "SAEOutput",
+    "SparseAutoencoder",
+    "SparseCode",
+    "TopKConfig",
+    "TopKSAE",
+    "gram_matrix",
+    "matching_pursuit",
+]

@@ -174,10 +174,10 @@ def pursue(
 def matching_pursuit(
     x: Tensor,
     dictionary: Tensor,
+    encoder: Tensor | None,
+    bias: Tensor | None,
     options: PursuitOptions,
     *,
-    encoder: Tensor | None = None,
-    bias: Tensor | None = None,
     k_rows: Tensor | None = None,
     slices: Tensor | None = None,
 ) -> Pursuit:
@@ -187,6 +187,4 @@ def matching_pursuit(
         2 d n FLOP a row and step, and one ``[B, n]`` product at a time.
     """
     source = DenseCorrelations(dictionary if encoder is None else encoder, bias)
-    return pursue(
-        x, dictionary, encoder, bias, options, source, k_rows=k_rows, slices=slices
-    )  # fmt: skip
+    return pursue(x, dictionary, encoder, bias, options, source, k_rows=k_rows, slices=slices)

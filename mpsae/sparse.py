@@ -36,8 +36,8 @@ def sparse_decode(indices: Tensor, values: Tensor, dictionary: Tensor) -> Tensor
         dictionary: ``[n, d]``.
 
     Returns:
-        ``[..., d]``; differentiable in ``values`` and ``dictionary``. Nothing of size ``[..., k, d]``
-        is made.
+        ``[..., d]``; differentiable in ``values`` and ``dictionary``. Nothing of size
+        ``[..., k, d]`` is made.
 
     Example:
         >>> sparse_decode(torch.tensor([[0, 1]]), torch.tensor([[2.0, 3.0]]), torch.eye(2)).tolist()

@@ -53,9 +53,9 @@ class Problem:
         return reference.matching_pursuit(
             cast(self.x),
             cast(self.dictionary),
+            cast(self.encoder),
+            cast(self.bias),
             self.options,
-            encoder=cast(self.encoder),
-            bias=cast(self.bias),
             k_rows=self.k_rows,
             slices=self.slices,
         )
@@ -134,8 +134,10 @@ def check(problem, result):
     options, (B, k) = problem.options, indices.shape
     r = problem.x.double()
     limit = torch.full((B,), k) if problem.k_rows is None else problem.k_rows.clamp(max=k)
-    assert (indices >= 0).all() and (indices < len(problem.dictionary)).all()
-    assert (steps <= limit).all() and (rescored <= steps).all()
+    assert (indices >= 0).all()
+    assert (indices < len(problem.dictionary)).all()
+    assert (steps <= limit).all()
+    assert (rescored <= steps).all()
     size = problem.x.double().norm(dim=1)
     for t in range(k + 1):
         norm = r.norm(dim=1)
@@ -304,7 +306,9 @@ def test_rows_that_are_not_finite_take_no_step(method, isa, bad):
     indices, values, residual, steps, _ = problem.kernel(method, isa=isa)
     sick = torch.zeros(15, dtype=torch.bool)
     sick[[3, 14]] = True
-    assert (steps[sick] == 0).all() and (values[sick] == 0).all() and (indices[sick] == 0).all()
+    assert (steps[sick] == 0).all()
+    assert (values[sick] == 0).all()
+    assert (indices[sick] == 0).all()
     torch.testing.assert_close(residual[sick], problem.x[sick], equal_nan=True, rtol=0, atol=0)
     for ours, theirs in zip((indices, values, residual, steps), clean, strict=False):
         assert torch.equal(ours[~sick], theirs[~sick])
@@ -318,7 +322,9 @@ def test_weights_that_are_not_finite_are_safe(method, isa, bad, where):
     problem = gaussian(15, 33, 290, seed=5, untied=True, bias=True, k=7)
     getattr(problem, where)[17] = bad
     indices, _, _, steps, _ = problem.kernel(method, isa=isa)
-    assert (indices >= 0).all() and (indices < 290).all() and (steps <= 7).all()
+    assert (indices >= 0).all()
+    assert (indices < 290).all()
+    assert (steps <= 7).all()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -356,7 +362,7 @@ def test_choices_without_certificate_explain_as_much(entries, isa, k):
 
 @pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("d, n", [(1, 1), (37, 33), (96, 257), (48, 1000)])
+@pytest.mark.parametrize(("d", "n"), [(1, 1), (37, 33), (96, 257), (48, 1000)])
 def test_gram_is_within_its_bound(d, n, untied, isa):
     problem = gaussian(0, d, n, seed=9, untied=untied, k=1)
     encoder = problem.encoder if untied else problem.dictionary
@@ -364,7 +370,8 @@ def test_gram_is_within_its_bound(d, n, untied, isa):
     for entries in ("int16", "fp32"):
         gram = cpu.build_gram(problem.dictionary, problem.encoder, entries=entries, isa=isa)
         close = gram.scale.double()[:, None] * gram.entries[:, :n].double()
-        assert (gram.entries[:, n:] == 0).all() and (gram.entries.diagonal() == 0).all()
+        assert (gram.entries[:, n:] == 0).all()
+        assert (gram.entries.diagonal() == 0).all()
         gap = (close - exact).fill_diagonal_(0).abs().max(1).values
         assert (gap <= gram.error.double()).all()
         assert (gram.error <= exact.abs().max() / 32767 + 1e-5).all()
@@ -401,7 +408,8 @@ def test_input_may_be_a_view_and_is_left_alone():
     problem.dictionary = problem.dictionary.T.contiguous().T
     for ours, theirs in zip(problem.kernel(), expected, strict=True):
         assert torch.equal(ours, theirs)
-    assert torch.equal(problem.x, x) and torch.equal(problem.dictionary, weights)
+    assert torch.equal(problem.x, x)
+    assert torch.equal(problem.dictionary, weights)
 
 
 @pytest.mark.parametrize("method", ["auto", *METHODS])
@@ -409,8 +417,10 @@ def test_nothing_to_do(method):
     for B, k in [(0, 4), (3, 0), (0, 0)]:
         problem = gaussian(B, 7, 11, seed=13, k=k)
         indices, values, residual, steps, rescored = problem.kernel(method)
-        assert indices.shape == values.shape == (B, k) and steps.shape == rescored.shape == (B,)
-        assert torch.equal(residual, problem.x) and (steps == 0).all()
+        assert indices.shape == values.shape == (B, k)
+        assert steps.shape == rescored.shape == (B,)
+        assert torch.equal(residual, problem.x)
+        assert (steps == 0).all()
 
 
 def test_bad_input_is_refused_with_the_value_received():

@@ -1,0 +1,1 @@
+"""What ships with the package: the embedded model and the script that made it."""

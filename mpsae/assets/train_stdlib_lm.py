@@ -50,7 +50,7 @@ class LanguageModelConfig:
 
 def train_tokenizer(texts: list[str], config: LanguageModelConfig) -> PreTrainedTokenizerFast:
     """Fit a byte-level BPE vocabulary to the texts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -62,10 +62,6 @@ def train_tokenizer(texts: list[str], config: LanguageModelConfig) -> PreTrained
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # Every document starts with the end-of-text token, as the model sees it in training.
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
-    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -76,8 +72,8 @@ def train_tokenizer(texts: list[str], config: LanguageModelConfig) -> PreTrained
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
-    """Tokenise the texts and join them, each with its leading end-of-text token. ``[T]``."""
-    ids = [torch.tensor(e.ids) for e in tokenizer.backend_tokenizer.encode_batch(texts)]
+    """Tokenise the texts and join them, each behind an end-of-text token. ``[T]``."""
+    ids = [torch.tensor([0, *e.ids]) for e in tokenizer.backend_tokenizer.encode_batch(texts)]
     return torch.cat(ids)
 
 
@@ -201,6 +197,11 @@ def save(
     path.write_text(json.dumps(written, indent=2) + "\n")
     n_params = sum(p.numel() for p in model.parameters())
     passes = config.steps * config.batch * config.context / n_tokens
+    text = f"Python {platform.python_version()}, {n_tokens:,} tokens, {passes:.1f} passes"
+    layers = (
+        f"{config.n_layers} layers, d_model {config.d_model}, MLP {config.d_mlp}, "
+        f"{config.n_heads} heads"
+    )
     (config.out / "README.md").write_text(
         f"""# stdlib_lm
 
@@ -209,12 +210,12 @@ to ship, so that everything here runs without a download; it is good for nothing
 
 | | |
 |---|---|
-| type | Llama, {config.n_layers} layers, d_model {config.d_model}, MLP {config.d_mlp}, {config.n_heads} heads |
+| type | Llama: {layers} |
 | parameters | {n_params:,} (tied embeddings), stored in fp16 |
 | vocabulary | byte-level BPE, {config.vocab_size} |
 | context in training | {config.context} tokens |
-| training text | the library and its tests, Python {platform.python_version()}, {n_tokens:,} tokens, {passes:.1f} passes |
-| held out | a tenth of the modules, chosen by name (`mpsae.activations.stdlib_split`), and their tests |
+| training text | the library and its tests, {text} |
+| held out | a tenth of the modules, by name (`mpsae.activations.stdlib_split`), and their tests |
 | held-out bits per byte | {bpb:.3f} (without tests, windows of {config.context} tokens) |
 | training time | {seconds / 60:.0f} minutes on {torch.get_num_threads()} CPU threads |
 

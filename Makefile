@@ -1,0 +1,31 @@
+# make demo and make test need python3 and make, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	@echo "== demo: train MP and TopK SAEs on the embedded model and compare them"
+	@$(BIN)/python -m mpsae demo
+
+test: $(READY)
+	@echo "== tests and doctests"
+	@$(BIN)/python -m pytest
+
+lint: $(READY)
+	@echo "== ruff and mypy"
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# torch comes first and alone, so that the build it brings satisfies everything after it
+$(READY): requirements.txt setup.py pyproject.toml
+	@echo "== environment in $(VENV): installing the pinned packages (once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt setuptools
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info

@@ -1,0 +1,210 @@
+"""Text to token sequences: any dataset, packed to a context length."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpsae.activations.stdlib_text import Split, stdlib_documents
+
+_BUILDERS = {
+    ".txt": "text", ".md": "text", ".py": "text", ".jsonl": "json", ".json": "json",
+    ".csv": "csv", ".parquet": "parquet",
+}  # fmt: skip
+_TOKENIZED_AT_ONCE = 64
+
+
+@dataclass(kw_only=True)
+class TextConfig:
+    """Which text is read and how it becomes sequences."""
+
+    dataset: str = "stdlib"
+    """Hub id, local file or folder (text, json, csv, parquet), or stdlib: Python's own source."""
+    dataset_name: str | None = None
+    """Configuration of a hub dataset."""
+    split: str = "train"
+    """Split to train on."""
+    heldout_split: str | None = None
+    """Split to evaluate on; without one, every tenth sequence of the other is held out."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    streaming: bool = False
+    """Read a hub dataset as it arrives instead of downloading it first."""
+    context: int = 256
+    """Tokens a sequence."""
+    prepend_bos: bool = True
+    """Start each sequence with the tokenizer's first special token, if it has one."""
+    shuffle_seed: int | None = 0
+    """Shuffles the documents; none keeps their order."""
+
+    def __post_init__(self) -> None:
+        if self.context < 2:
+            raise ValueError(f"context must be at least 2 tokens, not {self.context}")
+
+
+class Sequences(NamedTuple):
+    """A batch of token sequences: ``ids [S, context]`` and ``mask``, true where there is text.
+
+    Special and padding tokens are masked out; ``attention [S, context]`` covers all but padding.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    attention: Tensor
+
+
+def load_documents(config: TextConfig, side: Split = "train") -> Iterable[str]:
+    """Read the documents of one side of a dataset.
+
+    Args:
+        config: which dataset.
+        side: ``"train"`` or ``"heldout"``. Without ``heldout_split`` both sides of a dataset are
+            the same documents, and :func:`sequences` keeps every tenth sequence apart.
+
+    Returns:
+        The texts, lazily.
+
+    Raises:
+        OSError: the dataset cannot be reached or read (the message says what can be passed).
+        ValueError: it has no such split or text column.
+    """
+    if config.dataset == "stdlib":
+        texts = [document["text"] for document in stdlib_documents(side)]
+        if config.shuffle_seed is not None:
+            generator = torch.Generator().manual_seed(config.shuffle_seed)
+            texts = [texts[i] for i in torch.randperm(len(texts), generator=generator).tolist()]
+        return texts
+    split = config.heldout_split if side == "heldout" and config.heldout_split else config.split
+    dataset = _load_dataset(config, split)
+    columns = dataset.column_names
+    if columns is not None and config.text_column not in columns:
+        raise ValueError(
+            f"no column {config.text_column!r} in {config.dataset}; it has {', '.join(columns)} "
+            "(text_column says which one holds the text)"
+        )
+    if config.shuffle_seed is not None:
+        dataset = dataset.shuffle(seed=config.shuffle_seed)
+    return (row[config.text_column] for row in dataset)
+
+
+def _load_dataset(config: TextConfig, split: str) -> Any:
+    import datasets
+
+    path = Path(config.dataset)
+    try:
+        if path.is_dir() and (path / "dataset_info.json").exists():
+            return datasets.load_from_disk(str(path))
+        if path.exists():
+            files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+            files = [f for f in files if f.suffix in _BUILDERS]
+            kinds = {_BUILDERS[f.suffix] for f in files}
+            if len(kinds) != 1:
+                raise OSError(
+                    f"{path} holds {', '.join(sorted(kinds)) or 'no'} files; pass text, json, csv "
+                    f"or parquet files of one kind ({', '.join(_BUILDERS)})"
+                )
+            kind = kinds.pop()
+            options = {"sample_by": "document"} if kind == "text" else {}
+            names = [str(f) for f in files]
+            return datasets.load_dataset(kind, data_files=names, split="train", **options)
+        return datasets.load_dataset(
+            config.dataset, config.dataset_name, split=split, streaming=config.streaming
+        )
+    except ValueError as error:
+        raise ValueError(f"cannot read split {split!r} of {config.dataset}: {error}") from error
+    except Exception as error:
+        raise OSError(
+            f"cannot read the dataset {config.dataset!r} ({type(error).__name__}: {error}); pass a "
+            "hub id that this machine can reach, a local file or folder, or stdlib"
+        ) from error
+
+
+def sequences(
+    tokenizer: Any, config: TextConfig, side: Split = "train", *, batch: int = 32, skip: int = 0
+) -> Iterator[Sequences]:
+    """Tokenise documents and pack them into sequences without gaps.
+
+    Documents are joined by the end-of-text token, cut to ``context`` tokens, and each sequence
+    starts with the tokenizer's first special token. Only the last sequence is padded.
+
+    Args:
+        tokenizer: of transformers.
+        config: which text.
+        side: ``"train"`` or ``"heldout"``, which share no sequence.
+        batch: sequences at a time.
+        skip: sequences of this side to pass over (tokenised, not returned).
+
+    Yields:
+        Sequences, all but the last of ``batch`` rows.
+    """
+    special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
+    separate = side == "heldout" and config.heldout_split is not None
+    apart = config.dataset != "stdlib" and config.heldout_split is None and not separate
+    rows: list[tuple[Tensor, int]] = []
+    for number, row in enumerate(_pack(tokenizer, config, side)):
+        if apart and (number % 10 == 9) != (side == "heldout"):
+            continue
+        if skip:
+            skip -= 1
+            continue
+        rows.append(row)
+        if len(rows) == batch:
+            yield _stack(rows, special)
+            rows = []
+    if rows:
+        yield _stack(rows, special)
+
+
+def _stack(rows: list[tuple[Tensor, int]], special: Tensor) -> Sequences:
+    ids = torch.stack([row for row, _ in rows])
+    lengths = torch.tensor([length for _, length in rows])
+    attention = torch.arange(ids.shape[1]) < lengths[:, None]
+    return Sequences(ids, attention & ~torch.isin(ids, special), attention)
+
+
+def _pack(tokenizer: Any, config: TextConfig, side: Split) -> Iterator[tuple[Tensor, int]]:
+    """Sequences of ``context`` tokens with the number of tokens that are not padding."""
+    start = tokenizer.bos_token_id
+    start = tokenizer.cls_token_id if start is None else start
+    head = [start] if config.prepend_bos and start is not None else []
+    end = tokenizer.eos_token_id
+    end = tokenizer.sep_token_id if end is None else end
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end or 0)
+    room = config.context - len(head)
+    stream: list[int] = []
+    for ids in _tokenize(tokenizer, load_documents(config, side)):
+        stream += ids if end is None else [*ids, end]
+        whole = len(stream) - len(stream) % room
+        for first in range(0, whole, room):
+            yield torch.tensor(head + stream[first : first + room]), config.context
+        del stream[:whole]
+    if stream:
+        row = head + stream
+        padding = [pad] * (config.context - len(row))
+        yield torch.tensor(row + padding), len(row)
+
+
+def _tokenize(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # quiets a warning about forks
+    waiting: list[str] = []
+
+    def flush() -> list[list[int]]:
+        encoded = tokenizer(waiting, add_special_tokens=False, verbose=False)["input_ids"]
+        waiting.clear()
+        return encoded
+
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"a document is {type(text).__name__}, not text")
+        if text:
+            waiting.append(text)
+        if len(waiting) == _TOKENIZED_AT_ONCE:
+            yield from flush()
+    if waiting:
+        yield from flush()

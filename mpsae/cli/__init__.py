@@ -1,0 +1,1 @@
+"""The command line: `mpsae train`, `mpsae eval` and `mpsae demo`."""

@@ -1,0 +1,5 @@
+"""Measures of a trained SAE on held-out text."""
+
+from mpsae.evaluation.reconstruction import Evaluation, evaluate
+
+__all__ = ["Evaluation", "evaluate"]

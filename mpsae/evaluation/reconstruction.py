@@ -1,0 +1,175 @@
+"""How well an SAE stands in for the activations: on the activations, and in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from mpsae.activations import TextConfig, is_causal, record, replace, sequences
+from mpsae.activations.text import Sequences
+from mpsae.metrics import RunningFVU
+from mpsae.sae import SparseAutoencoder
+from mpsae.sparse import Pursuit, l0
+
+
+@dataclass
+class Evaluation:
+    """Held-out measures of one SAE; no unit where none is named."""
+
+    tokens: int = 0
+    """Tokens of text looked at."""
+    fvu: float = float("nan")
+    """Fraction of variance unexplained."""
+    l0: float = float("nan")
+    """Mean number of latents other than zero."""
+    dead_fraction: float = float("nan")
+    """Latents that fired on none of the tokens."""
+    ce_clean: float | None = None
+    """Cross-entropy of the model in nats a token; none for a model that predicts nothing."""
+    ce_sae: float | None = None
+    """The same with the reconstruction in place of the activations."""
+    ce_mean: float | None = None
+    """The same with the mean activation in their place."""
+    ce_recovered: float | None = None
+    """(ce_mean - ce_sae) / (ce_mean - ce_clean)."""
+    fvu_at_k: list[float] = field(default_factory=list)
+    """For a pursuit, FVU when it is stopped after 1, 2, ... steps."""
+
+
+@torch.no_grad()
+def evaluate(
+    sae: SparseAutoencoder,
+    model: Any,
+    tokenizer: Any,
+    hookpoint: str,
+    text: TextConfig,
+    *,
+    max_tokens: int = 100_000,
+    batch: int = 16,
+    progress: bool = False,
+) -> Evaluation:
+    """Measure an SAE on held-out text.
+
+    Args:
+        sae: of any architecture; put into evaluation mode.
+        model, tokenizer: of transformers.
+        hookpoint: whose activations the SAE encodes.
+        text: the dataset; its held-out side is read.
+        max_tokens: where to stop, to the next batch.
+        batch: sequences at a time.
+        progress: show a bar.
+
+    Returns:
+        Evaluation. Only tokens of text are encoded, replaced and averaged; cross-entropy is over
+        tokens of text that follow another token.
+
+    Raises:
+        ValueError: activations of another width than the SAE's; no text on the held-out side.
+    """
+    sae.eval()
+    result = Evaluation()
+    device = sae.dictionary.device
+    total = RunningFVU(sae.config.d_in)
+    prefixes: list[RunningFVU] = []
+    fired = torch.zeros(sae.config.d_sae, dtype=torch.bool, device=device)
+    used = 0
+    mean = torch.zeros(sae.config.d_in, dtype=torch.float64)
+    kept: list[Sequences] = []
+    held = sequences(tokenizer, text, "heldout", batch=batch)
+    for part in tqdm(held, desc="reconstruction", disable=None if progress else True, leave=False):
+        hidden = record(model, [hookpoint], part.ids, part.attention)[hookpoint]
+        x = hidden[part.mask.to(hidden.device)].float().to(device)
+        if not len(x):
+            continue
+        output = sae(x)
+        total.update(x, x - output.reconstruction)
+        code = output.code
+        used += int(l0(code.indices, code.values).sum())
+        fired.index_fill_(0, code.indices[code.values != 0], True)
+        mean += x.double().sum(0).cpu()
+        if isinstance(code, Pursuit):
+            for t, residual in enumerate(_residuals(code, sae.dictionary)):
+                if t == len(prefixes):
+                    prefixes.append(RunningFVU(sae.config.d_in))
+                prefixes[t].update(x, residual)
+        kept.append(part)
+        result.tokens += len(x)
+        if result.tokens >= max_tokens:
+            break
+    if not result.tokens:
+        raise ValueError(f"no token of text on the held-out side of {text.dataset}")
+    result.fvu, result.l0 = total.value(), used / result.tokens
+    result.dead_fraction = 1 - fired.float().mean().item()
+    result.fvu_at_k = [running.value() for running in prefixes]
+    if is_causal(model):
+        average = (mean / result.tokens).float().to(device)
+        result.ce_clean, result.ce_sae, result.ce_mean = _cross_entropies(
+            model, hookpoint, kept, sae, average, progress
+        )
+        gap = result.ce_mean - result.ce_clean
+        result.ce_recovered = (result.ce_mean - result.ce_sae) / gap if gap else float("nan")
+    return result
+
+
+def _residuals(code: Pursuit, dictionary: Tensor) -> Iterator[Tensor]:
+    """Residual after 1, 2, ... steps, walked back from the last one and turned around."""
+    residual, walked = code.residual, []
+    for t in reversed(range(code.indices.shape[-1])):
+        walked.append(residual)
+        residual = residual + code.values[..., t, None] * dictionary[code.indices[..., t]]
+    return reversed(walked)
+
+
+def _cross_entropies(
+    model: Any,
+    hookpoint: str,
+    kept: list[Sequences],
+    sae: SparseAutoencoder,
+    mean: Tensor,
+    progress: bool,
+) -> tuple[float, float, float]:
+    """Mean cross-entropy clean, with the SAE's reconstruction, and with the mean activation."""
+    functions: list[Callable[[Tensor], Tensor] | None] = [
+        None,
+        lambda x: sae(x.to(mean.device)).reconstruction.to(x.device),
+        lambda x: mean.to(x.device).expand_as(x),
+    ]
+    sums, count = [0.0, 0.0, 0.0], 0
+    for part in tqdm(kept, desc="cross-entropy", disable=None if progress else True, leave=False):
+        targets = part.mask[:, 1:] & part.attention[:, :-1]
+        count += int(targets.sum())
+        for number, function in enumerate(functions):
+            sums[number] += _cross_entropy(model, hookpoint, part, targets, function)
+    clean, spliced, ablated = (total / count for total in sums)
+    return clean, spliced, ablated
+
+
+def _cross_entropy(
+    model: Any,
+    hookpoint: str,
+    part: Sequences,
+    targets: Tensor,
+    function: Callable[[Tensor], Tensor] | None,
+) -> float:
+    """Sum the cross-entropy in nats, the text's activations put through the function."""
+    mask = part.mask.to(model.device)
+
+    def spliced(hidden: Tensor) -> Tensor:
+        new = hidden.clone()
+        new[mask] = function(hidden[mask].float()).to(hidden.dtype)  # type: ignore[misc]
+        return new
+
+    with replace(model, {} if function is None else {hookpoint: spliced}):
+        ids = part.ids.to(model.device)
+        attention = part.attention.to(model.device)
+        logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+    chosen = targets.to(model.device)
+    return F.cross_entropy(
+        logits[:, :-1][chosen].float(), ids[:, 1:][chosen], reduction="sum"
+    ).item()

@@ -1,0 +1,254 @@
+"""What all sparse autoencoders here share: parameters, losses, dead latents, constraint."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mpsae.metrics import residual_fvu
+from mpsae.sparse import Pursuit, SparseCode, sparse_decode
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(kw_only=True)
+class SAEConfig:
+    """Settings that every architecture has."""
+
+    d_in: int
+    """Features of the activations."""
+    d_sae: int
+    """Latents, which are the atoms of the dictionary."""
+    k: int
+    """Latents a row (the mean over rows for BatchTopK and Matryoshka)."""
+    normalize_atoms: bool = True
+    """Keep atoms at unit norm, see `SparseAutoencoder.constrain`."""
+    aux_coefficient: float = 1 / 32
+    """Weight of the loss that revives dead latents; 0 turns it off."""
+    aux_k: int | None = None
+    """Dead latents that explain the residual in that loss, half of d_in by default."""
+    dead_after: int = 10_000_000
+    """A latent is dead once it has not fired for this many rows (tokens)."""
+    seed: int = 0
+    """Of the initial dictionary."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_in", "d_sae", "k", "dead_after"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+        if self.aux_k is not None and self.aux_k < 1:
+            raise ValueError(f"aux_k must be at least 1, not {self.aux_k}")
+        if self.aux_coefficient < 0:
+            raise ValueError(f"aux_coefficient must be at least 0, not {self.aux_coefficient}")
+
+
+class SAEOutput(NamedTuple):
+    """What a forward pass returns.
+
+    ``reconstruction [..., d_in]``; ``code``, a :class:`SparseCode` or :class:`Pursuit`; ``losses``,
+    named scalars already weighted, whose sum is :attr:`loss`.
+    """
+
+    reconstruction: Tensor
+    code: SparseCode | Pursuit
+    losses: dict[str, Tensor]
+
+    @property
+    def loss(self) -> Tensor:
+        """What training minimises."""
+        return torch.stack(list(self.losses.values())).sum()
+
+
+ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {}
+"""The architectures by name."""
+
+
+class SparseAutoencoder(nn.Module, ABC):
+    """Base of the architectures: ``encode``, ``decode`` and ``forward`` over one dictionary.
+
+    Parameters: ``dictionary [d_sae, d_in]`` and ``b_dec [d_in]``, and where the encoder is its own
+    ``encoder [d_sae, d_in]`` and ``b_enc [d_sae]``. The reconstruction loss is the batch's FVU.
+    """
+
+    architecture: ClassVar[str]
+    config_class: ClassVar[type[SAEConfig]]
+    has_encoder: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ARCHITECTURES[cls.architecture] = cls
+
+    def __init__(self, config: SAEConfig):
+        super().__init__()
+        self.config: Any = config
+        # what a checkpoint should say of its origin: model, hookpoint, dataset, ...
+        self.metadata: dict[str, Any] = {}
+        generator = torch.Generator().manual_seed(config.seed)
+        atoms = torch.randn(config.d_sae, config.d_in, generator=generator)
+        self.dictionary = nn.Parameter(nn.functional.normalize(atoms, dim=1))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+        if self.has_encoder:
+            self.encoder = nn.Parameter(self.dictionary.detach().clone())
+            self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
+        self.rows_since_fired: Tensor
+        self.register_buffer(
+            "rows_since_fired", torch.zeros(config.d_sae, dtype=torch.int64), persistent=False
+        )
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> SparseCode | Pursuit:
+        """Encode ``[..., d_in]`` into a sparse code ``[..., k]``."""
+
+    def decode(self, code: SparseCode | Pursuit) -> Tensor:
+        """Decode a sparse code ``[..., k]`` into ``[..., d_in]``."""
+        return self._add_b_dec(sparse_decode(code.indices, code.values, self.dictionary))
+
+    def forward(self, x: Tensor) -> SAEOutput:
+        """Encode and decode ``[..., d_in]``, with the losses of training.
+
+        In training mode the counters of dead latents move on, and dead latents are trained to
+        explain the residual (AuxK, Gao et al. 2024).
+        """
+        self._check_input(x)
+        code = self.encode(x)
+        reconstruction = self._reconstruct(x, code)
+        losses = {"reconstruction": self._reconstruction_loss(x, code, reconstruction)}
+        if self.training:
+            self._count_firing(code)
+            if self.config.aux_coefficient > 0:
+                aux = self._aux_loss(x, (x - reconstruction).detach())
+                if aux is not None:
+                    losses["aux"] = self.config.aux_coefficient * aux
+        return SAEOutput(reconstruction, code, losses)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write `cfg.json` and `sae_weights.safetensors`.
+
+        A tied matching-pursuit SAE is written in SAELens' `matching_pursuit` layout, a TopK SAE in
+        its `topk` layout, so that SAELens loads them.
+
+        Args:
+            folder: made where it does not exist. Each file is written under a temporary name and
+                renamed, so a file is whole or not there.
+
+        Returns:
+            The folder.
+        """
+        from mpsae.sae import checkpoint
+
+        return checkpoint.write_sae(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
+        """Read what :meth:`save_pretrained` wrote, or a matching-pursuit SAE of SAELens.
+
+        Args:
+            folder: holds `cfg.json` and `sae_weights.safetensors`.
+            device: where to put it.
+
+        Returns:
+            The SAE in evaluation mode; called on the base class, of any architecture.
+
+        Raises:
+            OSError: a file is missing, cut short or damaged.
+            ValueError: another architecture, or settings or tensors that do not fit it.
+
+        Example:
+            >>> import tempfile
+            >>> from mpsae import SparseAutoencoder, TopKConfig, TopKSAE
+            >>> sae = TopKSAE(TopKConfig(d_in=4, d_sae=8, k=2))
+            >>> SparseAutoencoder.from_pretrained(sae.save_pretrained(tempfile.mkdtemp())).config.k
+            2
+        """
+        from mpsae.sae import checkpoint
+
+        sae = checkpoint.read_sae(folder, device)
+        if not isinstance(sae, cls):
+            raise ValueError(
+                f"{folder} holds a {sae.architecture} SAE, not a {cls.architecture} one"
+            )
+        return sae
+
+    @torch.no_grad()
+    def normalize_atoms_(self) -> None:
+        """Restore the atoms' unit norm in place; a zero atom stays zero."""
+        norm = self.dictionary.norm(dim=1, keepdim=True)
+        self.dictionary.div_(norm.clamp_min(torch.finfo(norm.dtype).tiny))
+
+    @torch.no_grad()
+    def remove_parallel_gradient_(self) -> None:
+        """Take from the dictionary's gradient what only changes the atoms' norms."""
+        grad = self.dictionary.grad
+        if grad is not None:
+            atoms = self.dictionary
+            square = atoms.square().sum(1, keepdim=True).clamp_min(torch.finfo(atoms.dtype).tiny)
+            grad.addcmul_((grad * atoms).sum(1, keepdim=True) / square, atoms, value=-1)
+
+    def constrain(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep atoms at unit norm through the optimiser's steps.
+
+        Before each step the parallel gradient is removed, after it the norm is restored. Does
+        nothing where the config has ``normalize_atoms=False``.
+        """
+        if self.config.normalize_atoms:
+            optimizer.register_step_pre_hook(lambda *_: self.remove_parallel_gradient_())
+            optimizer.register_step_post_hook(lambda *_: self.normalize_atoms_())
+
+    @torch.no_grad()
+    def initialize_b_dec_(self, x: Tensor) -> None:
+        """Set b_dec to the mean of a batch ``[..., d_in]``."""
+        self.b_dec.copy_(x.reshape(-1, x.shape[-1]).mean(0))
+
+    def dead_latents(self) -> Tensor:
+        """Which latents have not fired for ``config.dead_after`` rows of training. ``[d_sae]``."""
+        return self.rows_since_fired >= self.config.dead_after
+
+    def _check_input(self, x: Tensor) -> None:
+        d_in = self.config.d_in
+        if x.ndim == 0 or x.shape[-1] != d_in:
+            raise ValueError(f"x must be [..., {d_in}] for this SAE, not {list(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"x must be floating point, not {x.dtype}")
+
+    def _subtract_b_dec(self, x: Tensor) -> Tensor:
+        return x - self.b_dec
+
+    def _add_b_dec(self, y: Tensor) -> Tensor:
+        return y + self.b_dec
+
+    def _reconstruct(self, x: Tensor, code: SparseCode | Pursuit) -> Tensor:
+        return self.decode(code)
+
+    def _reconstruction_loss(self, x: Tensor, code, reconstruction: Tensor) -> Tensor:
+        return residual_fvu(x, x - reconstruction)
+
+    def _dead_correlation(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+        """Correlations of the dead latents alone, ``[B, dead]``."""
+        return self._subtract_b_dec(x) @ self.encoder[dead].T + self.b_enc[dead]
+
+    def _aux_loss(self, x: Tensor, residual: Tensor) -> Tensor | None:
+        dead = self.dead_latents().nonzero()[:, 0]
+        if not len(dead):
+            return None
+        x, residual = (t.reshape(-1, t.shape[-1]) for t in (x, residual))
+        wanted = self.config.aux_k or max(1, self.config.d_in // 2)
+        k = min(wanted, len(dead))
+        top = self._dead_correlation(x, residual, dead).relu().topk(k, dim=-1, sorted=False)
+        explained = sparse_decode(dead[top.indices], top.values, self.dictionary)
+        # fewer dead latents than wanted explain less, so they weigh less
+        return k / wanted * residual_fvu(residual, residual - explained)
+
+    @torch.no_grad()
+    def _count_firing(self, code: SparseCode | Pursuit) -> None:
+        k = code.indices.shape[-1]
+        self.rows_since_fired += code.indices.numel() // max(k, 1)
+        fired = torch.zeros_like(self.rows_since_fired, dtype=torch.bool)
+        fired.index_fill_(0, code.indices[code.values != 0], True)
+        self.rows_since_fired.masked_fill_(fired, 0)

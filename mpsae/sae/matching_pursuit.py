@@ -1,0 +1,120 @@
+"""Matching-pursuit SAE: the encoder is a pursuit over the dictionary (Costa et al., 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpsae.metrics import residual_fvu
+from mpsae.pursuit import Backend, Method, Precision, matching_pursuit
+from mpsae.reference import Select
+from mpsae.sae.base import SAEConfig, SparseAutoencoder
+from mpsae.sparse import Pursuit
+
+
+@dataclass(kw_only=True)
+class MatchingPursuitConfig(SAEConfig):
+    """Settings of :class:`MatchingPursuitSAE`; see :func:`mpsae.matching_pursuit`."""
+
+    tied: bool = True
+    """The dictionary picks and values its own atoms; otherwise an encoder with bias does."""
+    apply_b_dec_to_input: bool = True
+    """Subtract b_dec before the pursuit and add it back afterwards; b_dec is unused otherwise."""
+    residual_threshold: float = 0.0
+    """A row stops once its residual norm is below this, in units of the activations."""
+    correlation_threshold: float | None = None
+    """A row stops when its best score is not above this."""
+    stop_on_repeat: bool = False
+    """A row stops after it has taken a latent for the second time."""
+    allow_repeats: bool = True
+    """A latent may be taken again by the same row."""
+    select: Select = "relu"
+    """relu, max or abs: how the next latent is chosen and valued."""
+    detach_residual: bool = False
+    """No gradient flows from a step to the steps before it."""
+    precision: Precision = "exact"
+    """exact or fast selection."""
+    method: Method = "auto"
+    """Method of the pursuit."""
+    backend: Backend = "auto"
+    """Backend of the pursuit."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.allow_repeats and self.k > self.d_sae:
+            raise ValueError(f"k={self.k} exceeds d_sae={self.d_sae}, and allow_repeats=False")
+        if self.residual_threshold < 0:
+            raise ValueError(
+                f"residual_threshold must be at least 0, not {self.residual_threshold}"
+            )
+
+
+class MatchingPursuitSAE(SparseAutoencoder):
+    """SAE whose encoder is matching pursuit: sequential, residual-guided, k steps a row.
+
+    Args:
+        config: :class:`MatchingPursuitConfig`.
+
+    Notes:
+        The loss needs no decoding: the residual that the pursuit leaves is the error.
+
+    References:
+        Costa et al., 2025, arXiv 2506.03093.
+
+    Example:
+        >>> sae = MatchingPursuitSAE(MatchingPursuitConfig(d_in=8, d_sae=32, k=3))
+        >>> output = sae(torch.randn(5, 8))
+        >>> output.code.indices.shape
+        torch.Size([5, 3])
+    """
+
+    architecture = "matching_pursuit"
+    config_class = MatchingPursuitConfig
+    has_encoder = False
+
+    def __init__(self, config: MatchingPursuitConfig):
+        super().__init__(config)
+        if not config.tied:
+            self.encoder = torch.nn.Parameter(self.dictionary.detach().clone())
+            self.b_enc = torch.nn.Parameter(torch.zeros(config.d_sae))
+
+    def encode(self, x: Tensor, k: int | Tensor | None = None) -> Pursuit:
+        """Pursue ``[..., d_in]``; ``k`` replaces the config's."""
+        self._check_input(x)
+        c = self.config
+        return matching_pursuit(
+            self._subtract_b_dec(x),
+            self.dictionary,
+            c.k if k is None else k,
+            encoder=None if c.tied else self.encoder,
+            bias=None if c.tied else self.b_enc,
+            residual_threshold=c.residual_threshold,
+            correlation_threshold=c.correlation_threshold,
+            stop_on_repeat=c.stop_on_repeat,
+            allow_repeats=c.allow_repeats,
+            select=c.select,
+            detach_residual=c.detach_residual,
+            precision=c.precision,
+            method=c.method,
+            backend=c.backend,
+        )
+
+    def _subtract_b_dec(self, x):
+        return x - self.b_dec if self.config.apply_b_dec_to_input else x
+
+    def _add_b_dec(self, y):
+        return y + self.b_dec if self.config.apply_b_dec_to_input else y
+
+    def _reconstruct(self, x, code):
+        return x - code.residual
+
+    def _reconstruction_loss(self, x, code, reconstruction):
+        return residual_fvu(x, code.residual)
+
+    def _dead_correlation(self, x, residual, dead):
+        # a pursuit's next step is on the residual, so dead latents are asked about it
+        if self.config.tied:
+            return residual @ self.dictionary[dead].T
+        return residual @ self.encoder[dead].T + self.b_enc[dead]

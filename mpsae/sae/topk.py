@@ -1,0 +1,50 @@
+"""TopK SAE: the k largest of relu(encoder . (x - b_dec) + b_enc) (Gao et al., 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from mpsae.sae.base import SAEConfig, SparseAutoencoder
+from mpsae.sparse import SparseCode
+
+
+@dataclass(kw_only=True)
+class TopKConfig(SAEConfig):
+    """Settings of :class:`TopKSAE`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k > self.d_sae:
+            raise ValueError(f"k={self.k} exceeds d_sae={self.d_sae}")
+
+
+class TopKSAE(SparseAutoencoder):
+    """SAE that keeps the k largest latents of each row.
+
+    Args:
+        config: :class:`TopKConfig`.
+
+    References:
+        Gao et al., 2024, arXiv 2406.04093.
+
+    Example:
+        >>> sae = TopKSAE(TopKConfig(d_in=8, d_sae=32, k=3))
+        >>> sae(torch.randn(5, 8)).code.values.shape
+        torch.Size([5, 3])
+    """
+
+    architecture = "topk"
+    config_class: type[SAEConfig] = TopKConfig
+
+    def encode(self, x: Tensor) -> SparseCode:
+        """Keep the k largest latents of each row of ``[..., d_in]``, largest first."""
+        top = self.latents(x).topk(self.config.k, dim=-1)
+        return SparseCode(top.indices, top.values)
+
+    def latents(self, x: Tensor) -> Tensor:
+        """All latents before selection, ``[..., d_sae]``."""
+        self._check_input(x)
+        return F.linear(self._subtract_b_dec(x), self.encoder, self.b_enc).relu()

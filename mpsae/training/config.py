@@ -1,0 +1,158 @@
+"""Settings of a training run: what the command line takes and the run's folder keeps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from simple_parsing import field as option
+
+from mpsae.activations import BufferConfig, TextConfig
+from mpsae.activations.model import EMBEDDED
+from mpsae.sae import ARCHITECTURES, SAEConfig, SparseAutoencoder
+
+Logger = Literal["wandb", "trackio", "tensorboard"]
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Train sparse autoencoders on a language model's activations."""
+
+    model: str = option(default=EMBEDDED, positional=True, nargs="?")
+    """Hub id or local folder of a transformers model; the embedded one by default."""
+    dataset: str = option(default="stdlib", positional=True, nargs="?")
+    """Hub id, local file or folder, or stdlib: the source of Python's own library."""
+    hookpoints: list[str] = field(default_factory=lambda: ["layers.2"])
+    """Modules whose outputs are encoded (layers.2, layers.2.mlp; with :input their inputs)."""
+    architecture: list[str] = field(default_factory=lambda: ["matching_pursuit"])
+    """matching_pursuit, topk, batch_topk, matryoshka; several are trained on the same batches."""
+    k: int = 32
+    """Latents a token."""
+    expansion_factor: int = 32
+    """Latents over features of the activations."""
+    d_sae: int | None = None
+    """Latents, in place of expansion_factor."""
+    sae: list[str] = field(default_factory=list)
+    """Further settings of the SAE as name=value, such as residual_threshold=2.5 or tied=false."""
+
+    max_tokens: int | None = None
+    """Tokens to train on, the text being read again as needed; one pass by default."""
+    batch_tokens: int | None = None
+    """Tokens a step; 65536 by default, 2048 with the embedded model."""
+    accumulate: int = 1
+    """Parts in which a step's tokens go through the SAE, to save memory."""
+    lr: float = 1e-3
+    """Of Adam."""
+    warmup_steps: int = 100
+    """Steps in which the rate rises from zero."""
+    decay_fraction: float = 0.2
+    """Last part of the run, in which the rate falls to zero (only where max_tokens is given)."""
+    clip_grad_norm: float = 1.0
+    """Largest norm of a step's gradient; 0 turns it off."""
+    autocast: bool | None = None
+    """bf16 autocast; on a GPU by default."""
+    device: str = "auto"
+    """cuda, cpu, or auto: a GPU where there is one."""
+    seed: int = 0
+    """Of dictionary and shuffling."""
+
+    out: Path = Path("runs/default")
+    """The run's folder: config.json, metrics.jsonl, checkpoints and the finished SAEs."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the run's folder."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints, of which the last two are kept."""
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl."""
+    logger: Logger | None = None
+    """wandb, trackio or tensorboard, if installed, beside metrics.jsonl."""
+
+    text: TextConfig = field(default_factory=TextConfig)
+    buffer: BufferConfig = field(default_factory=BufferConfig)
+
+    def __post_init__(self) -> None:
+        self.out = Path(self.out)
+        self.text.dataset = self.dataset
+        if self.batch_tokens is None:
+            self.batch_tokens = 2**11 if self.model == EMBEDDED else 2**16
+        for name in ("k", "expansion_factor", "batch_tokens", "accumulate", "checkpoint_every",
+                     "log_every"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_tokens is not None and self.max_tokens < self.batch_tokens:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} is less than one step (batch_tokens="
+                f"{self.batch_tokens})"
+            )
+        if self.lr <= 0:
+            raise ValueError(f"lr must be above 0, not {self.lr}")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction must be in [0, 1], not {self.decay_fraction}")
+        if self.logger not in (None, *get_args(Logger)):
+            raise ValueError(f"logger must be one of {', '.join(get_args(Logger))}")
+        for name in self.architecture:
+            if name not in ARCHITECTURES:
+                raise ValueError(
+                    f"no architecture {name!r}; there are {', '.join(sorted(ARCHITECTURES))}"
+                )
+        # twice the batch at least, or the stream could not mix
+        self.buffer.buffer_tokens = max(self.buffer.buffer_tokens, 2 * self.batch_tokens)
+        for name in self.architecture:
+            self.sae_config(name, d_in=max(self.k, 1))
+
+    def sae_config(self, architecture: str, d_in: int) -> SAEConfig:
+        """Make the config of one SAE.
+
+        Raises:
+            ValueError: ``sae`` names a setting that the architecture does not have, or a value that
+                it does not take.
+        """
+        cls = ARCHITECTURES[architecture].config_class
+        options = _parse_options(cls, self.sae)
+        d_sae = self.d_sae or d_in * self.expansion_factor
+        return cls(**{"d_in": d_in, "d_sae": d_sae, "k": self.k, "seed": self.seed} | options)
+
+    def make_sae(self, architecture: str, d_in: int) -> SparseAutoencoder:
+        """Make one SAE, untrained."""
+        return ARCHITECTURES[architecture](self.sae_config(architecture, d_in))
+
+    def save(self, path: Path) -> None:
+        """Write the settings as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2, default=str) + "\n")
+
+
+def _parse_options(cls: type[SAEConfig], pairs: list[str]) -> dict[str, Any]:
+    """Read ``name=value`` pairs as the types of the config's fields."""
+    hints = get_type_hints(cls)
+    names = [f.name for f in fields(cls) if f.name not in ("d_in", "d_sae", "k", "seed")]
+    options = {}
+    for pair in pairs:
+        name, sign, text = pair.partition("=")
+        if not sign or name not in names:
+            raise ValueError(
+                f"sae={pair!r} is no setting of {cls.__name__}; as name=value it has "
+                f"{', '.join(names)}"
+            )
+        options[name] = _parse_value(name, text, hints[name])
+    return options
+
+
+def _parse_value(name: str, text: str, hint: Any) -> Any:
+    """Read text as what the field's type takes."""
+    kinds = get_args(hint) if type(None) in get_args(hint) else (hint,)
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    kind = next(k for k in kinds if k is not type(None))
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if kind in (int, float):
+            return kind(text)
+        if get_args(kind) and kind.__class__.__name__ == "_LiteralGenericAlias":
+            return {choice: choice for choice in get_args(kind)}[text]
+        return tuple(float(part) for part in text.split(","))
+    except (KeyError, ValueError):
+        wanted = ", ".join(map(str, get_args(kind))) or kind.__name__
+        raise ValueError(f"{name}={text!r} is not {wanted}") from None

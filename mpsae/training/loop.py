@@ -1,0 +1,235 @@
+"""The training loop: activations in, one Adam step a batch, checkpoints on the way."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mpsae.activations import ActivationStream, load_language_model, record
+from mpsae.metrics import fvu
+from mpsae.sae import SparseAutoencoder
+from mpsae.sparse import l0
+from mpsae.training import state
+from mpsae.training.config import TrainConfig
+from mpsae.training.logging import MetricsLog
+
+
+@dataclass
+class Job:
+    """One SAE in training."""
+
+    name: str
+    hookpoint: str
+    sae: SparseAutoencoder
+    optimizer: torch.optim.Optimizer
+    seconds: float = 0.0
+    """Spent on this SAE's steps, the language model's time left out."""
+
+
+def pick_device(device: str) -> str:
+    """Resolve ``"auto"``."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int | None) -> float:
+    """Rate of a step: linear warm-up, constant, linear decay to zero at the end."""
+    rate = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    if steps is not None and config.decay_fraction > 0:
+        rate *= min(1.0, (steps - step) / max(config.decay_fraction * steps, 1))
+    return rate
+
+
+def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> list[Job]:
+    """Train the SAEs that the config names and write them to the run's folder.
+
+    Args:
+        config: everything about the run.
+        model, tokenizer: of transformers, in place of those that ``config.model`` names.
+
+    Returns:
+        The finished jobs. Each SAE lies in `<out>/<architecture>/<hookpoint>`.
+
+    Raises:
+        ValueError: a setting, hookpoint or text that cannot be used; NaN or Inf in activations or
+            loss, naming hookpoint and batch. The checkpoints written before are kept.
+        OSError: a model, dataset or checkpoint that cannot be read.
+    """
+    existing = state.checkpoints(config.out)
+    finished = (config.out / "finished.json").exists()
+    if (existing or finished) and not config.resume:
+        raise ValueError(f"{config.out} holds a run already; pass --resume or another --out")
+    if config.resume and not existing:
+        raise ValueError(f"nothing to resume: no checkpoint in {config.out}")
+    device = pick_device(config.device)
+    if model is None:
+        model, tokenizer = load_language_model(config.model, device=device)
+    stream = ActivationStream(
+        model,
+        tokenizer,
+        config.hookpoints,
+        config.text,
+        config.buffer,
+        batch=config.batch_tokens or 1,
+        seed=config.seed,
+        repeat=config.max_tokens is not None,
+    )
+    run = _Run(config, stream)
+    config.out.mkdir(parents=True, exist_ok=True)
+    config.save(config.out / "config.json")
+    return run.go(existing[-1] if existing else None)
+
+
+class _Run:
+    """State of one call of :func:`train`."""
+
+    def __init__(self, config: TrainConfig, stream: ActivationStream):
+        self.config, self.stream = config, stream
+        self.jobs: list[Job] = []
+        self.step = self.tokens = 0
+        limit, batch = config.max_tokens, config.batch_tokens or 1
+        self.steps = None if limit is None else limit // batch
+
+    def go(self, checkpoint: Any) -> list[Job]:
+        config = self.config
+        log = MetricsLog(config.out, config.logger, asdict(config))
+        bar = tqdm(total=self.steps, unit="step", dynamic_ncols=True, disable=None)
+        try:
+            for batch in self._batches(checkpoint):
+                bar.update(self.step - bar.n)
+                metrics = self._train_step(batch)
+                self.step += 1
+                bar.update()
+                if metrics:
+                    for name, values in metrics.items():
+                        log.write(name, self.step, values)
+                    bar.set_postfix_str(_summary(metrics))
+                if self.step % config.checkpoint_every == 0:
+                    self._save()
+        except KeyboardInterrupt:
+            if self.step:
+                folder = self._save()
+                print(f"\ninterrupted; go on with --resume from {folder}", file=sys.stderr)
+            raise
+        finally:
+            bar.close()
+            log.close()
+        self._save()
+        for job in self.jobs:
+            job.sae.eval().save_pretrained(config.out / job.name)
+        (config.out / "finished.json").write_text(f'{{"step": {self.step}}}\n')
+        return self.jobs
+
+    def _batches(self, checkpoint: Any) -> Iterator[dict[str, Tensor]]:
+        """Batches up to the last step, from the checkpoint on if there is one."""
+        self._make_jobs()
+        if checkpoint is not None:
+            saved = state.load_checkpoint(checkpoint, self._parts())
+            self.step, self.tokens = saved["step"], saved["tokens"]
+            self.stream.sequences_read = saved["sequences_read"]
+            self.stream.generator.manual_seed(self.config.seed + self.step)
+        for batch in self.stream:
+            if self.steps is not None and self.step >= self.steps:
+                return
+            if self.step == 0:
+                for job in self.jobs:
+                    job.sae.initialize_b_dec_(batch[job.hookpoint])
+            yield batch
+
+    def _make_jobs(self) -> None:
+        config, model = self.config, self.stream.model
+        probe = torch.zeros(1, 2, dtype=torch.int64)
+        widths = {
+            name: rows.shape[-1]
+            for name, rows in record(
+                model, config.hookpoints, probe, torch.ones_like(probe)
+            ).items()
+        }
+        for architecture in config.architecture:
+            for hookpoint, d_in in widths.items():
+                sae = config.make_sae(architecture, d_in).to(model.device)
+                sae.metadata = {
+                    "model_name": config.model,
+                    "hook_name": hookpoint,
+                    "dataset_path": config.dataset,
+                    "context_size": config.text.context,
+                    "prepend_bos": config.text.prepend_bos,
+                    "text": asdict(config.text),
+                }
+                optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr)
+                sae.constrain(optimizer)
+                name = f"{architecture}/{hookpoint.replace(':', '_')}"
+                self.jobs.append(Job(name, hookpoint, sae, optimizer))
+
+    def _parts(self) -> dict[str, tuple[SparseAutoencoder, torch.optim.Optimizer]]:
+        return {job.name: (job.sae, job.optimizer) for job in self.jobs}
+
+    def _save(self) -> Any:
+        progress = {"tokens": self.tokens, "sequences_read": self.stream.sequences_read}
+        return state.save_checkpoint(self.config.out, self.step, progress, self._parts())
+
+    def _train_step(self, batch: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+        """Step every SAE; the metrics where this step is logged."""
+        logged = (self.step + 1) % self.config.log_every == 0 or self.step == 0
+        self.tokens += len(next(iter(batch.values())))
+        metrics = {}
+        for job in self.jobs:
+            started = time.perf_counter()
+            values = self._step_one(job, batch[job.hookpoint], logged)
+            job.seconds += time.perf_counter() - started
+            if logged:
+                rate = (self.step + 1) * len(batch[job.hookpoint]) / job.seconds
+                metrics[job.name] = {"tokens": self.tokens} | values | {"tokens_per_s": rate}
+        return metrics
+
+    def _step_one(self, job: Job, rows: Tensor, logged: bool) -> dict[str, float]:
+        config, sae = self.config, job.sae.train()
+        rate = learning_rate(config, self.step, self.steps)
+        for group in job.optimizer.param_groups:
+            group["lr"] = rate
+        bf16 = rows.device.type != "cpu" if config.autocast is None else config.autocast
+        sums: dict[str, float] = {}
+        parts = rows.chunk(config.accumulate)
+        for part in parts:
+            share = len(part) / len(rows)
+            with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=bf16):
+                output = sae(part)
+            loss = output.loss * share
+            loss.backward()
+            if logged:
+                seen = {name: value.item() for name, value in output.losses.items()}
+                seen["fvu"] = fvu(part, output.reconstruction).item()
+                seen["l0"] = l0(output.code.indices, output.code.values).float().mean().item()
+                for name, value in seen.items():
+                    sums[name] = sums.get(name, 0.0) + share * value
+        limit = config.clip_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), limit)
+        if not math.isfinite(norm.item()):
+            raise ValueError(
+                f"gradient of {job.name} is {norm.item()} at step {self.step + 1} (hookpoint "
+                f"{job.hookpoint!r}); the SAE is left as it was, checkpoints are kept"
+            )
+        job.optimizer.step()
+        job.optimizer.zero_grad(set_to_none=True)
+        if not logged:
+            return {}
+        dead = sae.dead_latents().float().mean().item()
+        return sums | {"dead_fraction": dead, "lr": rate, "gradient_norm": norm.item()}
+
+
+def _summary(metrics: dict[str, dict[str, float]]) -> str:
+    shown = [
+        f"{name} fvu {m['fvu']:.3f} l0 {m['l0']:.1f} dead {m['dead_fraction']:.2f} "
+        f"{m['tokens_per_s']:,.0f} tok/s"
+        for name, m in list(metrics.items())[:2]
+    ]
+    return " | ".join(shown)

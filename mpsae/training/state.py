@@ -1,0 +1,98 @@
+"""Checkpoints of a run in progress: written whole or not at all, nothing pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mpsae.sae import SparseAutoencoder
+
+KEPT = 2
+_STATE = "training_state.safetensors"
+_PROGRESS = "progress.json"
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    progress: dict[str, Any],
+    parts: dict[str, tuple[SparseAutoencoder, torch.optim.Optimizer]],
+) -> Path:
+    """Write a checkpoint under a temporary name, rename it, and drop the oldest ones.
+
+    Args:
+        run: the run's folder.
+        step: steps done.
+        progress: JSON-able, what the loop needs to go on.
+        parts: SAE and optimiser by name (a relative path).
+
+    Returns:
+        `run/checkpoint-<step>`.
+    """
+    final = run / f"checkpoint-{step}"
+    temporary = run / f".checkpoint-{step}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        for name, (sae, optimizer) in parts.items():
+            folder = sae.save_pretrained(temporary / name)
+            tensors = {"rows_since_fired": sae.rows_since_fired.cpu()}
+            for number, state in optimizer.state_dict()["state"].items():
+                for key, value in state.items():
+                    tensors[f"{number}.{key}"] = torch.as_tensor(value).cpu().contiguous()
+            save_file(tensors, folder / _STATE)
+        (temporary / _PROGRESS).write_text(json.dumps(progress | {"step": step}) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in checkpoints(run)[:-KEPT]:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    found = [p for p in run.glob("checkpoint-*") if (p / _PROGRESS).exists()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def load_checkpoint(
+    folder: Path, parts: dict[str, tuple[SparseAutoencoder, torch.optim.Optimizer]]
+) -> dict[str, Any]:
+    """Load a checkpoint into SAEs and optimisers of the same settings.
+
+    Returns:
+        The progress that was saved, ``step`` included.
+
+    Raises:
+        OSError: a file is missing, cut short or damaged.
+        ValueError: it is of other SAEs than these.
+    """
+    for name, (sae, optimizer) in parts.items():
+        if not (folder / name).is_dir():
+            raise ValueError(f"{folder} holds no {name}; was the run made with other settings?")
+        stored = type(sae).from_pretrained(folder / name)
+        if stored.config != sae.config:
+            raise ValueError(
+                f"{folder / name} was trained as {stored.config}, but now asked for is {sae.config}"
+            )
+        sae.load_state_dict(stored.state_dict())
+        try:
+            tensors = load_file(folder / name / _STATE)
+        except (FileNotFoundError, SafetensorError) as error:
+            raise OSError(f"{folder / name / _STATE} is missing or damaged ({error})") from error
+        sae.rows_since_fired.copy_(tensors.pop("rows_since_fired"))
+        state: dict[int, dict[str, Any]] = {}
+        for key, tensor in tensors.items():
+            number, _, field = key.partition(".")
+            state.setdefault(int(number), {})[field] = tensor
+        whole = optimizer.state_dict()
+        optimizer.load_state_dict(whole | {"state": state})
+    return json.loads((folder / _PROGRESS).read_text())
