@@ -2,7 +2,9 @@
 
 __version__ = "0.1.0"
 
+from mpsae.backends import record_pursuits
 from mpsae.gram import gram_matrix
+from mpsae.plan import Plan, plan
 from mpsae.pursuit import matching_pursuit
 from mpsae.sae import (
     BatchTopKConfig,
@@ -25,6 +27,7 @@ __all__ = [
     "MatchingPursuitSAE",
     "MatryoshkaConfig",
     "MatryoshkaSAE",
+    "Plan",
     "Pursuit",
     "SAEOutput",
     "SparseAutoencoder",
@@ -33,4 +36,6 @@ __all__ = [
     "TopKSAE",
     "gram_matrix",
     "matching_pursuit",
+    "plan",
+    "record_pursuits",
 ]

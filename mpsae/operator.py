@@ -10,8 +10,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from mpsae.gram import GramCorrelations, TiledCorrelations, gram_matrix
-from mpsae.reference import Correlations, PursuitOptions, pursue
+from mpsae import backends
+from mpsae.reference import PursuitOptions
 
 
 @torch.library.custom_op("mpsae::pursuit", mutates_args=())
@@ -30,7 +30,10 @@ def pursuit(
     allow_repeats: bool,
     select: str,
     detach_residual: bool,
+    exact: bool,
     method: str,
+    backend: str,
+    training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the pursuit on ``x [B, d]``, fp32 or fp64, see :func:`mpsae.matching_pursuit`.
 
@@ -46,21 +49,13 @@ def pursuit(
         select=select,  # type: ignore[arg-type]
         detach_residual=detach_residual,
     )
+    problem = backends.Problem(x, dictionary, encoder, bias, gram, k_rows, slices)
     with torch.autocast(x.device.type, enabled=False):
-        atoms = dictionary.to(x.dtype)
-        readers = None if encoder is None else encoder.to(x.dtype)
-        offset = None if bias is None else bias.to(x.dtype)
-        picker = atoms if readers is None else readers
-        source: Correlations
-        if method == "gram":
-            gram = gram_matrix(atoms, readers) if gram is None else gram
-            source = GramCorrelations(x, picker, offset, gram)
-        else:
-            source = TiledCorrelations(picker, offset)
-        found = pursue(x, atoms, readers, offset, options, source, k_rows=k_rows, slices=slices)
+        indices, values, residual, steps, _ = backends.run(
+            problem, options, exact=exact, method=method, backend=backend, training=training
+        )
     # an operator's results must not be its arguments
-    residual = found.residual.clone() if found.residual is x else found.residual
-    return found.values, residual, found.indices, found.steps
+    return values, residual.clone() if residual is x else residual, indices, steps
 
 
 @pursuit.register_fake
@@ -154,7 +149,7 @@ def _backward(ctx, grad_values, grad_residual, _grad_indices, _grad_steps):
     )
     present = (True, True, *(t is not None for t in ctx.saved_tensors[-2:]))
     kept = [g if here else None for g, here in zip(gradients, present, strict=True)]
-    return (*kept, *[None] * 11)
+    return (*kept, *[None] * 14)
 
 
 pursuit.register_autograd(_backward, setup_context=_setup_context)

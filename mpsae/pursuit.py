@@ -11,14 +11,11 @@ from torch import Tensor
 
 from mpsae import checks, operator, reference
 from mpsae.gram import accumulation_dtype
+from mpsae.plan import Backend, Method, choose_backend
 from mpsae.reference import PursuitOptions, Select
 from mpsae.sparse import Pursuit
 
 Precision = Literal["exact", "fast"]
-Method = Literal["auto", "gram", "stream", "reference"]
-Backend = Literal["auto", "triton", "cpu", "torch"]
-
-_GRAM_BYTES = 2**31  # a Gram matrix is not made unasked above this
 
 
 def matching_pursuit(
@@ -63,12 +60,17 @@ def matching_pursuit(
             value; ``"abs"`` largest absolute correlation, signed value.
         slices: a pair (first atom, last atom + 1) for each step, the atoms allowed in it.
         detach_residual: no gradient flows from a step to the steps before it.
-        precision: ``"exact"`` chooses as an fp32 loop would; ``"fast"`` may settle near ties
-            otherwise. In plain torch both are exact.
+        precision: the compiled backends keep the Gram matrix in 16 bits. ``"exact"`` compares
+            atoms by exact correlations wherever its error bound leaves a choice; ``"fast"`` does
+            not, and may settle near ties otherwise. In torch both are fp32.
         method: ``"gram"`` updates the correlations from a Gram matrix, ``"stream"`` computes them
-            in tiles in each step, ``"reference"`` is the plain loop under autograd.
-        backend: ``"torch"`` is the one there is.
-        gram: ``[n, n]``, :func:`mpsae.gram_matrix` of these very weights, to be used again.
+            in tiles in each step, ``"reference"`` is the plain loop under autograd; ``"auto"``
+            takes the cheapest, see :func:`mpsae.plan`.
+        backend: ``"triton"`` on a GPU, ``"cpu"`` the compiled extension, ``"torch"`` anywhere;
+            ``"auto"`` the first of these that is there for the tensors.
+        gram: ``[n, n]``, :func:`mpsae.gram_matrix` of these very weights, read by the torch
+            backend. Without it a Gram matrix is kept as long as the weights do not change, and
+            built anew in each call that trains them.
         check_finite: look for NaN and Inf in ``x`` first (synchronises with a GPU).
 
     Returns:
@@ -106,8 +108,10 @@ def matching_pursuit(
     ):
         checks.choice(name, value, get_args(allowed))
     checks.operands(x, dictionary, encoder, bias, gram)
-    if backend in ("triton", "cpu"):
-        raise ValueError(f"backend={backend!r} is not part of this version; use 'torch' or 'auto'")
+    if gram is not None and (backend not in ("auto", "torch") or method not in ("auto", "gram")):
+        raise ValueError(
+            f"gram is for method='gram' in torch, not for method={method!r}, backend={backend!r}"
+        )
     n, d = dictionary.shape
     k_max, k_rows = checks.steps(k, x)
     windows = checks.slices(slices, k_max, n, x.device)
@@ -127,9 +131,8 @@ def matching_pursuit(
         detach_residual=detach_residual,
     )
     rows = x.reshape(-1, d).to(accumulation_dtype(x.dtype))
-    if method == "auto":
-        method = _choose_method(rows.shape[0], n, k_max, gram is not None)
     if method == "reference":
+        choose_backend(x.device, rows.dtype, method, backend)
         with torch.autocast(x.device.type, enabled=False):
             found = reference.matching_pursuit(
                 rows,
@@ -141,8 +144,12 @@ def matching_pursuit(
                 slices=windows,
             )
     else:
-        tensors = (rows, dictionary, encoder, bias, gram, k_rows, windows)
-        values, residual, indices, taken = operator.pursuit(*tensors, *astuple(options), method)
+        weights = (t for t in (dictionary, encoder) if t is not None)
+        training = torch.is_grad_enabled() and any(t.requires_grad for t in weights)
+        values, residual, indices, taken = operator.pursuit(
+            rows, dictionary, encoder, bias, gram, k_rows, windows, *astuple(options),
+            precision == "exact", method, backend, training,
+        )  # fmt: skip
         found = Pursuit(indices, values, residual, taken)
     lead = x.shape[:-1]
     return Pursuit(
@@ -151,9 +158,3 @@ def matching_pursuit(
         found.residual.to(x.dtype).reshape(x.shape),
         found.steps.reshape(lead),
     )
-
-
-def _choose_method(B: int, n: int, k: int, gram_at_hand: bool) -> Method:
-    """Take the Gram path where the matrix is there already, or pays for itself and fits."""
-    pays = B * k >= n and 4 * n * n <= _GRAM_BYTES
-    return "gram" if gram_at_hand or pays else "stream"

@@ -1,0 +1,170 @@
+"""The backends behind the operator: plan a pursuit, run it, and note what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpsae.gram import GramCorrelations, TiledCorrelations, gram_matrix
+from mpsae.gram_cache import Kept, cache
+from mpsae.plan import Plan, choose_backend, kernels, plan
+from mpsae.reference import Correlations, PursuitOptions, pursue
+
+
+@dataclass(frozen=True)
+class PursuitRecord:
+    """One call: its plan, and for each row the steps taken and those scored again exactly."""
+
+    plan: Plan
+    steps: Tensor
+    rescored: Tensor
+
+
+_records: ContextVar[list[PursuitRecord] | None] = ContextVar("mpsae_records", default=None)
+
+
+@contextmanager
+def record_pursuits() -> Iterator[list[PursuitRecord]]:
+    """Collect what each pursuit within the context did.
+
+    Yields:
+        A list that grows by one :class:`PursuitRecord` a call: ``plan``; ``steps [B]``; and
+        ``rescored [B]``, the steps in which the 16-bit Gram matrix left more than one atom
+        possible, so that they were compared by exact correlations (0 where no 16-bit matrix is
+        used). Nothing is synchronised.
+
+    Example:
+        >>> from mpsae import matching_pursuit
+        >>> with record_pursuits() as records:
+        ...     p = matching_pursuit(torch.eye(3), torch.eye(3), k=1)
+        >>> records[0].steps.tolist()
+        [1, 1, 1]
+    """
+    found: list[PursuitRecord] = []
+    token = _records.set(found)
+    try:
+        yield found
+    finally:
+        _records.reset(token)
+
+
+class Problem(NamedTuple):
+    """The tensors of one pursuit: ``x [B, d]`` fp32 or fp64, weights of any floating dtype."""
+
+    x: Tensor
+    dictionary: Tensor
+    encoder: Tensor | None
+    bias: Tensor | None
+    gram: Tensor | None
+    k_rows: Tensor | None
+    slices: Tensor | None
+
+
+Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def run(
+    problem: Problem, options: PursuitOptions, *, exact: bool, method: Any, backend: Any,
+    training: bool,
+) -> Found:  # fmt: skip
+    """Pursue: indices, values, residual, steps, rescored.
+
+    Args:
+        problem: the tensors.
+        options: see :class:`mpsae.reference.PursuitOptions`.
+        exact: compare exactly where 16 bits leave a choice.
+        method, backend: as asked for.
+        training: keep nothing of the weights for the next call.
+    """
+    x, dictionary = problem.x, problem.dictionary
+    B, d = x.shape
+    n, k = dictionary.shape[0], options.k
+    kept = Kept() if training else cache.entry(dictionary, problem.encoder)
+    if problem.gram is not None:  # a plain matrix is read by torch
+        backend = "torch"
+    backend = choose_backend(x.device, x.dtype, method, backend)
+    cached = problem.gram is not None or f"gram/{backend}" in kept.items
+    chosen = plan(
+        B, d, n, k, device=x.device, dtype=x.dtype, training=training, gram_cached=cached,
+        method=method, backend=backend, earlier_steps=kept.steps,
+    )  # fmt: skip
+    kept.steps += B * k
+    functions = {"torch": _torch, "cpu": _cpu, "triton": _triton}
+    found = functions[chosen.backend](problem, options, chosen, kept, exact)
+    records = _records.get()
+    if records is not None:
+        records.append(PursuitRecord(chosen, found[3], found[4]))
+    return found
+
+
+def _cast(problem: Problem) -> Problem:
+    """Bring the weights to the dtype of ``x``."""
+    x = problem.x
+    rest = (None if t is None else t.to(x.dtype) for t in problem[1:4])
+    return Problem(x, *rest, *problem[4:])  # type: ignore[arg-type]
+
+
+def _torch(
+    problem: Problem, options: PursuitOptions, chosen: Plan, kept: Kept, exact: bool
+) -> Found:
+    p = _cast(problem)
+    picker = p.dictionary if p.encoder is None else p.encoder
+    source: Correlations
+    if chosen.variant == "gram":
+        gram = p.gram
+        if gram is None:
+            gram = kept.get("gram/torch", lambda: gram_matrix(p.dictionary, p.encoder))
+        source = GramCorrelations(p.x, picker, p.bias, gram)
+    else:
+        source = TiledCorrelations(picker, p.bias)
+    found = pursue(
+        p.x, p.dictionary, p.encoder, p.bias, options, source, k_rows=p.k_rows, slices=p.slices
+    )
+    return (*found, torch.zeros_like(found.steps))
+
+
+def _cpu(problem: Problem, options: PursuitOptions, chosen: Plan, kept: Kept, exact: bool) -> Found:
+    kernel, p = kernels("cpu"), _cast(problem)
+    prepared = kept.get("prepared", lambda: kernel.prepare(p.dictionary, p.encoder))
+    gram = None
+    if chosen.variant == "gram":
+        gram = kept.get(
+            "gram/cpu", lambda: kernel.build_gram(p.dictionary, p.encoder, prepared=prepared)
+        )
+    return kernel.gram_pursuit(
+        p.x, p.dictionary, p.encoder, p.bias, gram, **_shared(p, options), certified=exact,
+        method=chosen.variant, prepared=prepared,
+    )  # fmt: skip
+
+
+def _triton(
+    problem: Problem, options: PursuitOptions, chosen: Plan, kept: Kept, exact: bool
+) -> Found:
+    kernel, p = kernels("triton_pursuit"), problem
+    gram = None
+    if chosen.method == "gram":
+        gram = kept.get("gram/triton", lambda: kernel.build_gram(p.dictionary, p.encoder))
+    return kernel.pursuit(
+        p.x, p.dictionary, p.encoder, p.bias, gram, **_shared(p, options), certified=exact,
+        method=chosen.variant,
+    )  # fmt: skip
+
+
+def _shared(problem: Problem, options: PursuitOptions) -> dict[str, Any]:
+    """Options by the names that both kernels have for them."""
+    return {
+        "k": options.k,
+        "k_rows": problem.k_rows,
+        "slices": problem.slices,
+        "residual_threshold": options.residual_threshold,
+        "correlation_threshold": options.threshold,
+        "stop_on_repeat": options.stop_on_repeat,
+        "allow_repeats": options.allow_repeats,
+        "select": options.select,
+    }
