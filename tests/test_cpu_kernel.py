@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpsae import reference
-from mpsae.kernels import cpu
+from mpsae.kernels import cpu, cpu_gram, cpu_methods
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
 
@@ -34,6 +34,15 @@ def instruction_sets() -> list[str]:
 
 
 ISAS = instruction_sets()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The threads of a team wait for each other: on busy cores that takes ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @dataclass
@@ -256,7 +265,7 @@ def problems(draw):
     st.sampled_from(ISAS),
     st.integers(1, 3),
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 def test_any_problem_is_solved_as_by_the_reference(drawn, method, entries, isa, n_threads):
     problem, exact = drawn
     result = problem.kernel(method, entries, isa, n_threads=n_threads)
@@ -278,6 +287,55 @@ def test_ties_go_to_the_lowest_index(method):
     chosen = result[0].unique().tolist()
     assert set(chosen) <= set(first.values()) | {0}
     check(problem, result)
+
+
+def hard_atoms(kind):
+    """300 atoms in 24 dimensions that leave the bounds of the correlations little room."""
+    g = torch.Generator().manual_seed(17)
+    atoms = torch.nn.functional.normalize(torch.randn(300, 24, generator=g), dim=1)
+    spread = torch.randn(300, 24, generator=g)
+    if kind == "duplicates":
+        atoms[150:] = atoms[:150]
+    elif kind == "opposites":
+        atoms[150:] = -atoms[:150]
+    elif kind == "last bit":  # duplicates to int16 and bf16, not to fp64
+        atoms[150:] = torch.nextafter(atoms[:150], torch.full((24,), math.inf))
+    elif kind == "one cone":
+        atoms = torch.nn.functional.normalize(torch.ones(24) + 1e-3 * spread, dim=1)
+    elif kind == "norms from 1e-3 to 1":
+        atoms *= torch.logspace(-3, 0, 300)[torch.randperm(300, generator=g), None]
+    elif kind == "zeros":
+        atoms[::3] = 0
+    elif kind == "all zero":
+        atoms.zero_()
+    elif kind == "norm 1.6":  # a step overshoots, and the residual grows
+        atoms *= 1.6
+    return atoms
+
+
+HARD = [
+    "duplicates", "opposites", "last bit", "one cone", "norms from 1e-3 to 1", "zeros", "all zero",
+    "norm 1.6",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_hard_dictionaries(isa, method, kind):
+    problem = gaussian(9, 24, 300, seed=18, k=12)
+    problem.dictionary = hard_atoms(kind)
+    problem.x[0] = problem.dictionary[200]
+    problem.x[1] = 3 * problem.dictionary[7] - 2 * problem.dictionary[290]
+    for select in ("relu", "max", "abs"):
+        for allow_repeats in (True, False):
+            problem.options = reference.PursuitOptions(
+                k=12, select=select, allow_repeats=allow_repeats
+            )
+            result = problem.kernel(method, isa=isa)
+            check(problem, result)
+            if kind == "duplicates" and allow_repeats:
+                assert (result[0] < 150).all()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -381,7 +439,7 @@ def test_gram_is_within_its_bound(d, n, untied, isa):
 def test_gram_is_built_in_tiles(monkeypatch):
     problem = gaussian(0, 24, 150, seed=10, k=1)
     whole = cpu.build_gram(problem.dictionary)
-    monkeypatch.setattr(cpu, "_TILE_BYTES", 4 * 150 * 7)
+    monkeypatch.setattr(cpu_gram, "_TILE_BYTES", 4 * 150 * 7)
     tiled = cpu.build_gram(problem.dictionary)
     assert torch.equal(whole.entries.abs().amax(1), tiled.entries.abs().amax(1))
     torch.testing.assert_close(whole.scale, tiled.scale)
@@ -392,10 +450,10 @@ def test_gram_is_built_in_tiles(monkeypatch):
 def test_small_blocks_and_a_small_pool_change_nothing(method, isa, monkeypatch):
     problem = gaussian(150, 24, 400, seed=11, k=10)
     expected = problem.kernel(method, isa=isa)
-    monkeypatch.setattr(cpu, "_SESSION_BYTES", 1)
-    monkeypatch.setattr(cpu, "_BLOCK_BYTES", 1)
-    monkeypatch.setattr(cpu, "_POOL_BYTES", 1)
-    monkeypatch.setattr(cpu, "_TILE_BYTES", 4 * 400 * 5)
+    monkeypatch.setattr(cpu_methods, "_SESSION_BYTES", 1)
+    monkeypatch.setattr(cpu_methods, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(cpu_methods, "_POOL_BYTES", 1)
+    monkeypatch.setattr(cpu_gram, "_TILE_BYTES", 4 * 400 * 5)
     for ours, theirs in zip(problem.kernel(method, isa=isa)[:4], expected[:4], strict=True):
         assert torch.equal(ours, theirs)
 
@@ -427,6 +485,7 @@ def test_bad_input_is_refused_with_the_value_received():
     x, atoms = torch.zeros(4, 6), torch.ones(9, 6)
     gram = cpu.build_gram(atoms)
     narrow, short = gram._replace(entries=gram.entries[:, :9]), gram._replace(scale=gram.scale[:8])
+    late = gram._replace(error=gram.error[1:])
     for pattern, arguments, options in [
         (r"x is \[4, 5\], expected \[4, 6\]", (x[:, :5], atoms), {}),
         (r"x is \[6\]", (x[0], atoms), {}),
@@ -436,6 +495,7 @@ def test_bad_input_is_refused_with_the_value_received():
         (r"bias is \[6\]", (x, atoms, None, atoms[0]), {}),
         (r"gram.entries is \[9, 9\]", (x, atoms, None, None, narrow), {}),
         (r"gram.scale is", (x, atoms, None, None, short), {}),
+        (r"gram.error is \[8\], expected \[9\]", (x, atoms, None, None, late), {}),
         (r"k must not be negative, got -1", (x, atoms), {"k": -1}),
         (r"k_rows is torch.int32", (x, atoms), {"k_rows": torch.ones(4, dtype=torch.int32)}),
         (r"slices is \[3, 2\], expected \[2, 2\]", (x, atoms), {"slices": torch.ones(3, 2).long()}),
@@ -447,6 +507,25 @@ def test_bad_input_is_refused_with_the_value_received():
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=pattern):
             cpu.gram_pursuit(*arguments, **{"k": 2, **options})
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_what_was_prepared_serves_every_instruction_set(method, isa):
+    problem = gaussian(20, 24, 300, seed=19, untied=True, k=6)
+    prepared = cpu.prepare(problem.dictionary, problem.encoder)
+    ours = problem.kernel(method, isa=isa, prepared=prepared)
+    for result, expected in zip(ours[:4], problem.kernel(method, isa=isa)[:4], strict=True):
+        assert torch.equal(result, expected)
+
+
+def test_what_was_prepared_for_another_size_is_refused():
+    if not cpu.instruction_set()[1]:
+        pytest.skip("this CPU does not multiply bf16: nothing of that size is prepared")
+    problem = gaussian(20, 24, 300, seed=19, k=6)
+    prepared = cpu.prepare(problem.dictionary[:200])
+    with pytest.raises(ValueError, match=r"prepared.packed is \[5376\], expected \[7680\]"):
+        problem.kernel("stream", prepared=prepared)
 
 
 def gradients(problem, seed=0):
@@ -486,7 +565,6 @@ def backward(problem, p, upstream, **more):
     st.sampled_from(ISAS),
     st.integers(1, 4),
 )
-@settings(max_examples=60, deadline=None, derandomize=True)
 def test_backward_equals_autograd(B, d, n, k, select, untied, bias, detach, isa, n_threads):
     options = {"k": k, "select": select, "detach_residual": detach}
     problem = gaussian(B, d, n, seed=B, untied=untied, bias=bias, **options)

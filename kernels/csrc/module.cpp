@@ -1,5 +1,5 @@
-// Python's door to the CPU kernel: raw addresses in, nothing of torch. The launcher (kernels/cpu.py)
-// has checked shapes, types and strides. The interpreter lock is released while work is done.
+// Python's door to the CPU kernel: raw addresses in, nothing of torch. kernels/cpu*.py
+// have checked shapes, types and strides. The interpreter lock is released while work is done.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -43,7 +43,7 @@ PyObject* none_if(bool ok) {
   Py_RETURN_NONE;
 }
 
-// The tuple that mpsae.kernels.cpu._problem makes.
+// The tuple that Task.problem in kernels/cpu_methods.py makes.
 bool read_problem(PyObject* tuple, Problem* p) {
   Address x, dictionary, encoder, bias, entries, scale, diagonal, error, packed, k_rows, slices;
   Address indices, values, residual, steps, rescored;
