@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mpsae import reverse
 from mpsae.gram import GramCorrelations, TiledCorrelations, gram_matrix
 from mpsae.gram_cache import Kept, cache
 from mpsae.plan import Plan, choose_backend, kernels, plan
@@ -103,17 +104,38 @@ def run(
     return found
 
 
-def _cast(problem: Problem) -> Problem:
-    """Bring the weights to the dtype of ``x``."""
-    x = problem.x
-    rest = (None if t is None else t.to(x.dtype) for t in problem[1:4])
-    return Problem(x, *rest, *problem[4:])  # type: ignore[arg-type]
+def differentiate(
+    found: reverse.Reverse,
+    grad_values: Tensor,
+    grad_residual: Tensor,
+    select: str,
+    detach_residual: bool,
+    backend: Any,
+) -> reverse.Gradients:
+    """Differentiate: x, dictionary, encoder and bias (``None`` where absent); `mpsae.reverse`."""
+    dtype = found.residual.dtype
+    found = _with_weights(found, dtype)
+    chosen = choose_backend(found.residual.device, dtype, "auto", backend)
+    if chosen == "cpu":
+        return kernels("cpu").pursuit_backward(
+            found.dictionary, found.encoder, *found[:4], grad_residual, grad_values,
+            bias=found.bias is not None, select=select, detach_residual=detach_residual,
+        )  # fmt: skip
+    return reverse.differentiate(
+        found, grad_values, grad_residual, relu=select == "relu", detach=detach_residual
+    )
+
+
+def _with_weights(tensors: Any, dtype: torch.dtype) -> Any:
+    """Bring dictionary, encoder and bias of a Problem or Reverse to a dtype."""
+    weights = {name: getattr(tensors, name) for name in ("dictionary", "encoder", "bias")}
+    return tensors._replace(**{n: t if t is None else t.to(dtype) for n, t in weights.items()})
 
 
 def _torch(
     problem: Problem, options: PursuitOptions, chosen: Plan, kept: Kept, exact: bool
 ) -> Found:
-    p = _cast(problem)
+    p = _with_weights(problem, problem.x.dtype)
     picker = p.dictionary if p.encoder is None else p.encoder
     source: Correlations
     if chosen.variant == "gram":
@@ -130,7 +152,7 @@ def _torch(
 
 
 def _cpu(problem: Problem, options: PursuitOptions, chosen: Plan, kept: Kept, exact: bool) -> Found:
-    kernel, p = kernels("cpu"), _cast(problem)
+    kernel, p = kernels("cpu"), _with_weights(problem, problem.x.dtype)
     prepared = kept.get("prepared", lambda: kernel.prepare(p.dictionary, p.encoder))
     gram = None
     if chosen.variant == "gram":

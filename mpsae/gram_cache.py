@@ -50,8 +50,8 @@ class _State:
             self.layout == self._layout(weights)
             and self.alive()
             and all(
-                old is None or torch.equal(old, _samples(t))
-                for old, t in zip(self.samples, weights, strict=True)
+                old is None or new is None or torch.equal(old, new)
+                for old, new in zip(self.samples, map(_samples, weights), strict=True)
             )
         )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpsae import backends
 from mpsae.reference import PursuitOptions
+from mpsae.reverse import Reverse
 
 
 @torch.library.custom_op("mpsae::pursuit", mutates_args=())
@@ -76,52 +77,26 @@ def pursuit_backward(
     dictionary: Tensor,
     encoder: Optional[Tensor],
     bias: Optional[Tensor],
-    relu: bool,
+    select: str,
     detach_residual: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Differentiate the pursuit, the selection being constant.
-
-    With g = dL/dr_k, for t = k-1 .. 0:
-
-        r_t = r_{t+1} + a_t d_j
-        s   = (dL/da_t - <g, d_j>) [a_t > 0]        the mask for relu only
-        grad_dictionary[j] -= a_t g;  grad_encoder[j] += s r_t;  grad_bias[j] += s
-        g  += s e_j                                 not where the residual is detached
-
-    and dL/dx = g. Tied, the encoder's share goes to the dictionary.
+    """Differentiate the pursuit, see :mod:`mpsae.reverse`.
 
     Returns:
         Gradients of x, dictionary, encoder and bias, the last two empty where absent.
     """
+    found = Reverse(indices, values, residual, steps, dictionary, encoder, bias)
     with torch.autocast(residual.device.type, enabled=False):
-        atoms = dictionary.to(residual.dtype)
-        readers = atoms if encoder is None else encoder.to(residual.dtype)
-        r, g = residual.clone(), grad_residual.clone()
-        grad_atoms = torch.zeros_like(atoms)
-        grad_readers = grad_atoms if encoder is None else torch.zeros_like(readers)
-        grad_bias = r.new_zeros(0 if bias is None else bias.shape[0])
-        for t in reversed(range(indices.shape[1])):
-            j, a = indices[:, t], values[:, t, None]
-            taken = a > 0 if relu else (t < steps)[:, None]
-            atom = atoms[j]
-            r.addcmul_(a, atom)
-            s = torch.where(taken, grad_values[:, t, None] - (g * atom).sum(-1, keepdim=True), 0)
-            if encoder is None:
-                grad_atoms.index_add_(0, j, s * r - a * g)
-            else:
-                grad_atoms.index_add_(0, j, a * g, alpha=-1)
-                grad_readers.index_add_(0, j, s * r)
-            if bias is not None:
-                grad_bias.index_add_(0, j, s[:, 0])
-            if not detach_residual:
-                g.addcmul_(s, readers[j])
-        empty = r.new_zeros(0)
-        return (
-            g,
-            grad_atoms.to(dictionary.dtype),
-            empty if encoder is None else grad_readers.to(encoder.dtype),
-            grad_bias if bias is None else grad_bias.to(bias.dtype),
+        grads = backends.differentiate(
+            found, grad_values, grad_residual, select, detach_residual, backend
         )
+    weights = (dictionary, encoder, bias)
+    rest = [
+        residual.new_empty(0) if g is None or w is None else g.to(w.dtype)
+        for g, w in zip(grads[1:], weights, strict=True)
+    ]
+    return grads[0], rest[0], rest[1], rest[2]
 
 
 @pursuit_backward.register_fake
@@ -137,16 +112,14 @@ def _(grad_values, grad_residual, indices, values, residual, steps, dictionary, 
 
 def _setup_context(ctx, inputs, output):
     _, dictionary, encoder, bias, *_ = inputs
-    ctx.relu, ctx.detach_residual = inputs[12] == "relu", inputs[13]
+    ctx.options = (inputs[12], inputs[13], inputs[16])  # select, detach_residual, backend
     values, residual, indices, steps = output
     ctx.mark_non_differentiable(indices, steps)
     ctx.save_for_backward(indices, values, residual, steps, dictionary, encoder, bias)
 
 
 def _backward(ctx, grad_values, grad_residual, _grad_indices, _grad_steps):
-    gradients = pursuit_backward(
-        grad_values, grad_residual, *ctx.saved_tensors, ctx.relu, ctx.detach_residual
-    )
+    gradients = pursuit_backward(grad_values, grad_residual, *ctx.saved_tensors, *ctx.options)
     present = (True, True, *(t is not None for t in ctx.saved_tensors[-2:]))
     kept = [g if here else None for g, here in zip(gradients, present, strict=True)]
     return (*kept, *[None] * 14)
