@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpsae import gram_matrix, matching_pursuit
+from mpsae import matching_pursuit
 from mpsae.activations import ActivationStream, BufferConfig, TextConfig, load_language_model
 from mpsae.cli.table import number, table
 from mpsae.evaluation import Evaluation, evaluate
@@ -92,11 +92,10 @@ def encode_times(jobs: list[Job], x: Tensor) -> dict[str, float]:
     saes = {job.sae.architecture: job.sae for job in jobs}
     pursuit: Any = saes["matching_pursuit"]
     centred = x - pursuit.b_dec
-    gram = gram_matrix(pursuit.dictionary)
     arguments = (centred, pursuit.dictionary, pursuit.config.k)
     runs: dict[str, Callable[[], object]] = {
         "TopK": lambda: saes["topk"].encode(x),
-        "MP": lambda: matching_pursuit(*arguments, gram=gram),
+        "MP": lambda: matching_pursuit(*arguments),
         "MP, naive loop": lambda: matching_pursuit(*arguments, method="reference"),
     }
     taken: dict[str, list[float]] = {name: [] for name in runs}
