@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ _TOKENIZED_AT_ONCE = 64
 class TextConfig:
     """Which text is read and how it becomes sequences."""
 
-    dataset: str = "stdlib"
+    dataset: str = field(default="stdlib", metadata={"cmd": False})  # commands have their own
     """Hub id, local file or folder (text, json, csv, parquet), or stdlib: Python's own source."""
     dataset_name: str | None = None
     """Configuration of a hub dataset."""

@@ -20,7 +20,7 @@ from mpsae.training import pick_device
 class EvalConfig:
     """Measure trained SAEs on held-out text."""
 
-    runs: list[Path] = option(positional=True)
+    runs: list[Path] = option(positional=True, nargs="+", metavar="RUN")
     """Folders of runs, or of single SAEs."""
     max_tokens: int = 100_000
     """Held-out tokens to look at."""

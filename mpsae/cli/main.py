@@ -12,6 +12,13 @@ from simple_parsing import ArgumentParser
 from mpsae import __version__
 
 
+_USAGE = {
+    "train": "mpsae train [MODEL [DATASET]] [options]",
+    "eval": "mpsae eval RUN... [options]",
+    "demo": "mpsae demo [options]",
+}
+
+
 def _commands() -> dict[str, tuple[type, Callable[[Any], object]]]:
     from mpsae.cli import demo, eval, train
 
@@ -32,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, (config, _) in commands.items():
         text = (config.__doc__ or "").strip().splitlines()[0]
-        subparser = subparsers.add_parser(name, help=text, description=text)
+        subparser = subparsers.add_parser(name, help=text, description=text, usage=_USAGE[name])
         subparser.add_arguments(config, dest="config")
     # one line per retry of every request says less than the error at the end
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

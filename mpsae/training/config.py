@@ -20,9 +20,9 @@ Logger = Literal["wandb", "trackio", "tensorboard"]
 class TrainConfig:
     """Train sparse autoencoders on a language model's activations."""
 
-    model: str = option(default=EMBEDDED, positional=True, nargs="?")
+    model: str = option(default=EMBEDDED, positional=True, nargs="?", metavar="MODEL")
     """Hub id or local folder of a transformers model; the embedded one by default."""
-    dataset: str = option(default="stdlib", positional=True, nargs="?")
+    dataset: str = option(default="stdlib", positional=True, nargs="?", metavar="DATASET")
     """Hub id, local file or folder, or stdlib: the source of Python's own library."""
     hookpoints: list[str] = field(default_factory=lambda: ["layers.2"])
     """Modules whose outputs are encoded (layers.2, layers.2.mlp; with :input their inputs)."""
