@@ -1,4 +1,6 @@
-"""Small SAEs of every architecture, and rows for them."""
+"""Small SAEs of every architecture, rows for them, and changes to their files."""
+
+import json
 
 import torch
 
@@ -14,6 +16,7 @@ from mpsae import (
 )
 
 D, N, K = 6, 24, 3
+CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 MAKERS = {
     "matching_pursuit": (MatchingPursuitSAE, MatchingPursuitConfig, {}),
     "untied": (MatchingPursuitSAE, MatchingPursuitConfig, {"tied": False}),
@@ -52,3 +55,18 @@ def sparse_data(count, seed=0):
     features = torch.nn.functional.normalize(torch.randn(16, D, generator=generator), dim=1)
     active = torch.rand(count, 16, generator=generator) < 2.5 / 16
     return (active * (0.5 + torch.rand(count, 16, generator=generator))) @ features
+
+
+def trained(kind, dtype=torch.float32, **settings):
+    """An SAE that has seen rows and has metadata, in evaluation mode."""
+    sae = shaken(kind, **settings).to(dtype)
+    sae(rows(20).to(dtype))
+    sae.metadata = {"model_name": "tiny", "hook_name": "layers.1", "text": {"context": 64}}
+    return sae.eval()
+
+
+def change(folder, **values):
+    """Overwrite entries of cfg.json; those that are None are dropped."""
+    written = json.loads((folder / CFG).read_text()) | values
+    kept = {key: value for key, value in written.items() if value is not None}
+    (folder / CFG).write_text(json.dumps(kept))
