@@ -101,7 +101,7 @@ def pursuit_backward(
     with torch.autocast(residual.device.type, enabled=False):
         atoms = dictionary.to(residual.dtype)
         readers = atoms if encoder is None else encoder.to(residual.dtype)
-        r, g = residual.clone(), grad_residual.clone()
+        r, g = residual.clone(), grad_residual.clone(memory_format=torch.contiguous_format)
         grad_atoms = torch.zeros_like(atoms)
         grad_readers = grad_atoms if encoder is None else torch.zeros_like(readers)
         grad_bias = r.new_zeros(0 if bias is None else bias.shape[0])
@@ -133,7 +133,7 @@ def pursuit_backward(
 def _(grad_values, grad_residual, indices, values, residual, steps, dictionary, encoder, bias, *_):
     absent = residual.new_empty(0)
     return (
-        torch.empty_like(residual),
+        residual.new_empty(residual.shape),
         torch.empty_like(dictionary),
         absent if encoder is None else torch.empty_like(encoder),
         residual.new_empty(0) if bias is None else torch.empty_like(bias),

@@ -13,6 +13,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("suite")
+torch.set_num_threads(1)  # the tensors of the tests are too small to share out
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
