@@ -127,7 +127,7 @@ def record(
         ids, attention: ``[S, context]``.
 
     Returns:
-        ``[S, context, d]`` for each hookpoint.
+        ``[S, context, d]`` for each hookpoint, in the order given.
 
     Raises:
         ValueError: a hookpoint's activations are not of that shape, or it was never reached.
@@ -150,7 +150,7 @@ def record(
         device = model.device
         model(input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False)
     except _AllRecorded:
-        return found
+        return {name: found[name] for name in hookpoints}
     finally:
         for handle in handles:
             handle.remove()
