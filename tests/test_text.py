@@ -114,9 +114,12 @@ def documents_of(settings_, side="train"):
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "txt", "folder", "saved"])
-def test_local_files_give_their_documents(kind, streaming, tmp_path):
+def test_local_files_give_their_documents(kind, streaming, tmp_path, monkeypatch):
     import datasets
     import pandas
+
+    # datasets waits five seconds behind a stream of parquet files
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
     path = tmp_path / f"data.{kind}"
     frame = pandas.DataFrame({"text": WORDS, "other": [1, 2, 3]})

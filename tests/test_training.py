@@ -11,13 +11,7 @@ from mpsae.training import TrainConfig, loop, train
 ARCHITECTURES = ["matching_pursuit", "topk", "batch_topk", "matryoshka"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
