@@ -69,8 +69,9 @@ def run(config: DemoConfig) -> None:
     }  # fmt: skip
     print("Timing the encoders")
     stream = ActivationStream(
-        model, tokenizer, [HOOKPOINT], settings.text, settings.buffer, batch=2048, side="heldout"
-    )
+        model, tokenizer, [HOOKPOINT], settings.text, BufferConfig(buffer_tokens=2**13),
+        batch=2048, side="heldout",
+    )  # fmt: skip
     times = encode_times(jobs, next(iter(stream))[HOOKPOINT])
     speeds = {job.sae.architecture: config.max_tokens / job.seconds for job in jobs}
     written = {

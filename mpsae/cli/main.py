@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = parser.parse_args(arguments)
         commands[parsed.command][1](parsed.config)
     except (ValueError, OSError) as error:
-        print(f"mpsae: error: {error}", file=sys.stderr)
+        # messages of the packages underneath have several lines
+        print(f"mpsae: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
