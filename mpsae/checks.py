@@ -86,7 +86,12 @@ def slices(
     """Check the atoms allowed in each step: ``[k, 2]`` int64 on the device."""
     if windows is None:
         return None
-    table = windows if isinstance(windows, Tensor) else torch.tensor(windows)
+    try:
+        table = windows if isinstance(windows, Tensor) else torch.tensor(windows)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"slices must be pairs of integers (first, last + 1), not {windows!r}"
+        ) from error
     if table.dtype not in _INTS or table.shape[1:] != (2,) or table.shape[0] < k:
         raise ValueError(
             f"slices must be at least k={k} pairs of integers (first, last + 1), not {_of(table)}"
@@ -99,6 +104,16 @@ def slices(
                     f"slices[{t}] is ({first}, {stop}), not a range of atoms within 0 to {n}"
                 )
     return table.to(device=device, dtype=torch.int64)
+
+
+def thresholds(residual: float, correlation: float | None) -> None:
+    """Raise ValueError unless a row can be held against the thresholds: NaN compares with none."""
+    if not isinstance(residual, (int, float)) or not residual >= 0:
+        raise ValueError(f"residual_threshold must be at least 0, not {residual!r}")
+    if correlation is None:
+        return
+    if not isinstance(correlation, (int, float)) or correlation != correlation:
+        raise ValueError(f"correlation_threshold must be a number or None, not {correlation!r}")
 
 
 def finite_rows(x: Tensor, what: str = "x") -> None:

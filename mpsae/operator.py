@@ -103,9 +103,9 @@ def pursuit_backward(
 def _(grad_values, grad_residual, indices, values, residual, steps, dictionary, encoder, bias, *_):
     absent = residual.new_empty(0)
     return (
-        torch.empty_like(residual),
-        torch.empty_like(dictionary),
-        absent if encoder is None else torch.empty_like(encoder),
+        residual.new_empty(residual.shape),
+        dictionary.new_empty(dictionary.shape),
+        absent if encoder is None else encoder.new_empty(encoder.shape),
         residual.new_empty(0) if bias is None else torch.empty_like(bias),
     )
 

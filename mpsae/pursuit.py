@@ -55,7 +55,8 @@ def matching_pursuit(
         correlation_threshold: a row stops when its best score is not above this; ``None`` means 0
             for ``"relu"`` and ``"abs"`` and no limit for ``"max"``.
         stop_on_repeat: a row stops after it has taken an atom for the second time.
-        allow_repeats: an atom may be taken again by the same row; its values add up.
+        allow_repeats: an atom may be taken again by the same row; its values add up. Without, a
+            row also stops when it has taken all atoms of a slice.
         select: ``"relu"`` best correlation, value clamped at 0; ``"max"`` best correlation, signed
             value; ``"abs"`` largest absolute correlation, signed value.
         slices: a pair (first atom, last atom + 1) for each step, the atoms allowed in it.
@@ -80,9 +81,9 @@ def matching_pursuit(
         bias; the selection is constant.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree; ``k < 1``; more steps than atoms that may
-            be taken; an unknown option; NaN or Inf with ``check_finite`` (the message names the
-            value or the first bad row).
+        ValueError: shapes, dtypes or devices disagree; ``k < 1``; more steps than atoms without
+            repeats or slices; an unknown option; NaN or Inf with ``check_finite`` (the message
+            names the value or the first bad row).
 
     Notes:
         Gram path: 2 d n FLOP a row once and 2 d n^2 for the Gram matrix, then 4n bytes a row and
@@ -117,8 +118,7 @@ def matching_pursuit(
     windows = checks.slices(slices, k_max, n, x.device)
     if not allow_repeats and windows is None and k_max > n:
         raise ValueError(f"k={k_max} steps but only {n} atoms, and allow_repeats=False")
-    if residual_threshold < 0:
-        raise ValueError(f"residual_threshold must be at least 0, not {residual_threshold}")
+    checks.thresholds(residual_threshold, correlation_threshold)
     if check_finite:
         checks.finite_rows(x)
     options = PursuitOptions(

@@ -51,9 +51,10 @@ def differentiate(
     atoms, bias = found.dictionary, found.bias
     readers = atoms if found.encoder is None else found.encoder
     r = found.residual.clone()
+    # in any layout of the inputs the gradients are contiguous, as the operator says
     g = grad_residual.clone(memory_format=torch.contiguous_format)
-    grad_atoms = torch.zeros_like(atoms)
-    grad_readers = None if found.encoder is None else torch.zeros_like(readers)
+    grad_atoms = atoms.new_zeros(atoms.shape)
+    grad_readers = None if found.encoder is None else readers.new_zeros(readers.shape)
     grad_bias = None if bias is None else torch.zeros_like(bias)
     for t in reversed(range(found.indices.shape[1])):
         j, a = found.indices[:, t], found.values[:, t, None]

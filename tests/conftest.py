@@ -13,6 +13,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("suite")
+torch.set_num_threads(1)  # the tensors of the tests are too small to share out
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
@@ -95,3 +96,12 @@ def tiny_models(tmp_path_factory, text_file):
 @pytest.fixture
 def read_json():
     return lambda path: json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tensors this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpsae import checks
-from mpsae.activations.model import record, resolve_hookpoint
+from mpsae.activations.model import check_context, record, resolve_hookpoint
 from mpsae.activations.stdlib_text import Split
 from mpsae.activations.text import Sequences, TextConfig, sequences
 
@@ -20,7 +20,7 @@ class BufferConfig:
     """How activations are made and mixed."""
 
     buffer_tokens: int = 2**17
-    """Activations a hookpoint that are held and mixed; nothing beyond them is kept."""
+    """Activations a hookpoint that are held and mixed; beyond them one pass of the model waits."""
     model_batch: int = 32
     """Sequences a forward pass of the model."""
     check_finite: bool = True
@@ -55,8 +55,12 @@ class ActivationStream:
         the same token. ``sequences_read`` counts the sequences taken in so far.
 
     Raises:
-        ValueError: an unknown hookpoint; a batch that does not fit; NaN or Inf in activations; a
-            text without a single token.
+        ValueError: an unknown hookpoint; a batch that does not fit; a context that the model does
+            not reach; NaN or Inf in activations; a text without a single token.
+
+    Notes:
+        :meth:`state_dict` between two batches, loaded into a new stream of the same arguments, goes
+        on with exactly the batches that were to come.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class ActivationStream:
             raise ValueError("hookpoints is empty; name at least one module, such as layers.2")
         for name in hookpoints:
             resolve_hookpoint(model, name)
+        check_context(model, text.context)
         if not 1 <= batch <= buffer.buffer_tokens // 2:
             raise ValueError(
                 f"batch={batch} must be 1 to half of buffer_tokens={buffer.buffer_tokens}"
@@ -86,45 +91,78 @@ class ActivationStream:
         self.repeat = repeat
         self.sequences_read = skip
         self.generator = torch.Generator().manual_seed(seed)
+        self._pass_read = skip  # sequences of the present pass over the text
+        self._store: dict[str, Tensor] = {}
+        self._full = torch.empty(0, dtype=torch.int64)  # places in use, in random order
+        self._free = torch.arange(buffer.buffer_tokens)
+        self._rest: dict[str, Tensor] = {}  # of the last pass of the model, not in the buffer yet
+        self._ended = False
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        capacity = self.buffer.buffer_tokens
-        store: dict[str, Tensor] = {}
-        full = torch.empty(0, dtype=torch.int64)  # places of the store in use, in random order
-        free = torch.arange(capacity)
         source = self._activations()
-        rest: dict[str, Tensor] = {}
-        ended = False
         while True:
-            while len(free) and not ended:
-                if not rest:
-                    rest = next(source, {})
-                    ended = not rest
-                    continue
-                take = min(len(free), len(next(iter(rest.values()))))
-                for name, rows in rest.items():
-                    if name not in store:
-                        store[name] = rows.new_empty(capacity, rows.shape[1])
-                    store[name][free[:take].to(rows.device)] = rows[:take]
-                full, free = torch.cat([full, free[:take]]), free[take:]
-                rest = {name: rows[take:] for name, rows in rest.items() if len(rows) > take}
-            full = full[torch.randperm(len(full), generator=self.generator)]
-            keep = 0 if ended else capacity // 2
-            while len(full) - keep >= self.batch or (ended and len(full)):
-                chosen, full = full[: self.batch], full[self.batch :]
-                free = torch.cat([free, chosen])
-                yield {name: rows[chosen.to(rows.device)] for name, rows in store.items()}
-            if ended:
+            keep = 0 if self._ended else self.buffer.buffer_tokens // 2
+            while len(self._full) - keep >= self.batch or (self._ended and len(self._full)):
+                chosen, self._full = self._full[: self.batch], self._full[self.batch :]
+                self._free = torch.cat([self._free, chosen])
+                yield {name: rows[chosen.to(rows.device)] for name, rows in self._store.items()}
+            if self._ended:
                 return
+            while len(self._free) and not self._ended:
+                self._rest = self._rest or next(source, {})
+                self._ended = not self._rest
+                self._take()
+            order = torch.randperm(len(self._full), generator=self.generator)
+            self._full = self._full[order]
+
+    def progress(self) -> dict[str, int]:
+        """Sequences read in all, and of them in the present pass over the text."""
+        return {"sequences_read": self.sequences_read, "sequences_of_pass": self._pass_read}
+
+    def skip(self, sequences_read: int, sequences_of_pass: int) -> None:
+        """Go on behind the sequences that :meth:`progress` counted, with an empty buffer."""
+        self.sequences_read, self._pass_read = sequences_read, sequences_of_pass
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Place in the text, state of the generator, and the rows in the buffer."""
+        numbers = [self.sequences_read, self._pass_read, len(self._full), self._ended]
+        state = {"numbers": torch.tensor(numbers), "generator": self.generator.get_state()}
+        for name, store in self._store.items():
+            waiting = self._rest.get(name, store[:0])
+            state[f"rows.{name}"] = torch.cat([store[self._full.to(store.device)], waiting]).cpu()
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.sequences_read, self._pass_read, full, ended = state["numbers"].tolist()
+        self.generator.set_state(state["generator"])
+        self._full, self._free = self._full[:0], torch.arange(self.buffer.buffer_tokens)
+        device = self.model.device
+        rows = {name: state[f"rows.{name}"].to(device) for name in self.hookpoints}
+        self._rest = {name: values[:full] for name, values in rows.items()}
+        self._take()
+        self._rest = {name: values[full:] for name, values in rows.items() if len(values) > full}
+        self._ended = bool(ended)
+
+    def _take(self) -> None:
+        """Move rows that wait into free places."""
+        take = 0
+        for name, rows in self._rest.items():
+            take = min(len(self._free), len(rows))
+            if name not in self._store:
+                self._store[name] = rows.new_empty(self.buffer.buffer_tokens, rows.shape[1])
+            self._store[name][self._free[:take].to(rows.device)] = rows[:take]
+        self._full, self._free = torch.cat([self._full, self._free[:take]]), self._free[take:]
+        self._rest = {name: rows[take:] for name, rows in self._rest.items() if len(rows) > take}
 
     def _activations(self) -> Iterator[dict[str, Tensor]]:
         """Activations of text tokens, one pass of the model at a time."""
-        skip = self.sequences_read
         while True:
-            passed = False
+            skip, passed = self._pass_read, False
             for batch in self._sequences(skip):
                 rows = self._record(batch)
                 self.sequences_read += len(batch.ids)
+                self._pass_read += len(batch.ids)
                 if len(next(iter(rows.values()))):
                     passed = True
                     yield rows
@@ -132,7 +170,7 @@ class ActivationStream:
                 raise ValueError(f"no token of text on the {self.side} side of {self.text.dataset}")
             if not self.repeat:
                 return
-            skip = 0
+            self._pass_read = 0
 
     def _sequences(self, skip: int) -> Iterator[Sequences]:
         batch = self.buffer.model_batch

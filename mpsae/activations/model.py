@@ -66,6 +66,13 @@ def is_causal(model: Any) -> bool:
     )
 
 
+def check_context(model: Any, context: int) -> None:
+    """Raise ValueError where sequences are longer than the model's positions reach."""
+    reach = getattr(model.config, "max_position_embeddings", None)
+    if reach is not None and context > reach:
+        raise ValueError(f"context={context} exceeds the {reach} positions of this model")
+
+
 def resolve_hookpoint(model: Any, hookpoint: str) -> tuple[nn.Module, bool]:
     """Find the module of a hookpoint such as ``layers.10``, ``layers.10.mlp`` or its input.
 
@@ -120,7 +127,7 @@ def record(
         ids, attention: ``[S, context]``.
 
     Returns:
-        ``[S, context, d]`` for each hookpoint.
+        ``[S, context, d]`` for each hookpoint, in the order given.
 
     Raises:
         ValueError: a hookpoint's activations are not of that shape, or it was never reached.
@@ -128,21 +135,22 @@ def record(
     found: dict[str, Tensor] = {}
 
     def keep(name: str, hidden: Tensor) -> None:
-        if hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
+        shape = getattr(hidden, "shape", ())
+        if len(shape) != 3 or shape[:2] != ids.shape:
             raise ValueError(
-                f"hookpoint {name!r} passes on {list(hidden.shape)}, "
+                f"hookpoint {name!r} passes on {list(shape) or type(hidden).__name__}, "
                 f"not [{ids.shape[0]}, {ids.shape[1]}, features]"
             )
         found[name] = hidden
-        if len(found) == len(hookpoints):
+        if len(found) == len(set(hookpoints)):
             raise _AllRecorded
 
-    handles = [_hook(model, name, partial(keep, name)) for name in hookpoints]
+    handles = [_hook(model, name, partial(keep, name)) for name in dict.fromkeys(hookpoints)]
     try:
         device = model.device
         model(input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False)
     except _AllRecorded:
-        return found
+        return {name: found[name] for name in hookpoints}
     finally:
         for handle in handles:
             handle.remove()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,18 +24,18 @@ _TOKENIZED_AT_ONCE = 64
 class TextConfig:
     """Which text is read and how it becomes sequences."""
 
-    dataset: str = "stdlib"
+    dataset: str = field(default="stdlib", metadata={"cmd": False})  # commands have their own
     """Hub id, local file or folder (text, json, csv, parquet), or stdlib: Python's own source."""
     dataset_name: str | None = None
     """Configuration of a hub dataset."""
     split: str = "train"
-    """Split to train on."""
+    """Split to train on; a local file or folder of files has only train."""
     heldout_split: str | None = None
     """Split to evaluate on; without one, every tenth sequence of the other is held out."""
     text_column: str = "text"
     """Column that holds the text."""
     streaming: bool = False
-    """Read a hub dataset as it arrives instead of downloading it first."""
+    """Read a dataset as it arrives instead of downloading or converting it first."""
     context: int = 256
     """Tokens a sequence."""
     prepend_bos: bool = True
@@ -84,13 +84,24 @@ def load_documents(config: TextConfig, side: Split = "train") -> Iterable[str]:
     dataset = _load_dataset(config, split)
     columns = dataset.column_names
     if columns is not None and config.text_column not in columns:
-        raise ValueError(
-            f"no column {config.text_column!r} in {config.dataset}; it has {', '.join(columns)} "
-            "(text_column says which one holds the text)"
-        )
+        raise _no_column(config, columns)
     if config.shuffle_seed is not None:
         dataset = dataset.shuffle(seed=config.shuffle_seed)
-    return (row[config.text_column] for row in dataset)
+    return _column(dataset, config)
+
+
+def _column(dataset: Any, config: TextConfig) -> Iterator[str]:
+    for row in dataset:
+        if config.text_column not in row:  # a stream may not know its columns beforehand
+            raise _no_column(config, row)
+        yield row[config.text_column]
+
+
+def _no_column(config: TextConfig, columns: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"no column {config.text_column!r} in {config.dataset}; it has {', '.join(columns)} "
+        "(text_column says which one holds the text)"
+    )
 
 
 def _load_dataset(config: TextConfig, split: str) -> Any:
@@ -98,9 +109,11 @@ def _load_dataset(config: TextConfig, split: str) -> Any:
 
     path = Path(config.dataset)
     try:
-        if path.is_dir() and (path / "dataset_info.json").exists():
-            return datasets.load_from_disk(str(path))
+        if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+            saved: Any = datasets.load_from_disk(str(path))
+            return _pick_split(saved if isinstance(saved, dict) else {"train": saved}, split)
         if path.exists():
+            _pick_split({"train": None}, split)
             files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
             files = [f for f in files if f.suffix in _BUILDERS]
             kinds = {_BUILDERS[f.suffix] for f in files}
@@ -112,7 +125,9 @@ def _load_dataset(config: TextConfig, split: str) -> Any:
             kind = kinds.pop()
             options = {"sample_by": "document"} if kind == "text" else {}
             names = [str(f) for f in files]
-            return datasets.load_dataset(kind, data_files=names, split="train", **options)
+            return datasets.load_dataset(
+                kind, data_files=names, split="train", streaming=config.streaming, **options
+            )
         return datasets.load_dataset(
             config.dataset, config.dataset_name, split=split, streaming=config.streaming
         )
@@ -123,6 +138,12 @@ def _load_dataset(config: TextConfig, split: str) -> Any:
             f"cannot read the dataset {config.dataset!r} ({type(error).__name__}: {error}); pass a "
             "hub id that this machine can reach, a local file or folder, or stdlib"
         ) from error
+
+
+def _pick_split(splits: dict[str, Any], split: str) -> Any:
+    if split not in splits:
+        raise ValueError(f"it has {', '.join(splits)}")
+    return splits[split]
 
 
 def sequences(

@@ -69,8 +69,9 @@ def run(config: DemoConfig) -> None:
     }  # fmt: skip
     print("Timing the encoders")
     stream = ActivationStream(
-        model, tokenizer, [HOOKPOINT], settings.text, settings.buffer, batch=2048, side="heldout"
-    )
+        model, tokenizer, [HOOKPOINT], settings.text, BufferConfig(buffer_tokens=2**13),
+        batch=2048, side="heldout",
+    )  # fmt: skip
     times = encode_times(jobs, next(iter(stream))[HOOKPOINT])
     speeds = {job.sae.architecture: config.max_tokens / job.seconds for job in jobs}
     written = {
@@ -145,6 +146,7 @@ def plot(results: dict[str, Evaluation], metrics: Path, picture: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
 
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -161,6 +163,8 @@ def plot(results: dict[str, Evaluation], metrics: Path, picture: Path) -> None:
     left.set(xlabel="training tokens (thousands)", ylabel="FVU of the batch", yscale="log")
     right.set(xlabel="steps, or latents, per token", ylabel="FVU, held out", yscale="log")
     for axes in (left, right):
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which(FuncFormatter(lambda value, _: f"{value:.2g}"))
         axes.grid(alpha=0.3, which="both")
         axes.legend()
     figure.suptitle(f"{HOOKPOINT} of the embedded model")

@@ -14,13 +14,14 @@ from mpsae.cli.table import number, table
 from mpsae.evaluation import Evaluation, evaluate
 from mpsae.sae import SparseAutoencoder
 from mpsae.training import pick_device
+from mpsae.training.state import checkpoints
 
 
 @dataclass(kw_only=True)
 class EvalConfig:
     """Measure trained SAEs on held-out text."""
 
-    runs: list[Path] = option(positional=True)
+    runs: list[Path] = option(positional=True, nargs="+", metavar="RUN")
     """Folders of runs, or of single SAEs."""
     max_tokens: int = 100_000
     """Held-out tokens to look at."""
@@ -43,15 +44,17 @@ def find_saes(folder: Path) -> list[Path]:
         OSError: there is none.
     """
     found = sorted(path.parent for path in folder.rglob("cfg.json"))
-    if not found:
+    kept = [p for p in found if not _passing(p.relative_to(folder))]
+    if not kept and (newest := checkpoints(folder)):
+        kept = [p for p in found if p.is_relative_to(newest[-1])]
+    if not kept:
         raise OSError(f"no SAE (cfg.json) in {folder}; is it the folder of a run?")
-    finished = [p for p in found if "checkpoint-" not in str(p.relative_to(folder))]
-    if finished:
-        return finished
-    newest = max(
-        (p.relative_to(folder).parts[0] for p in found), key=lambda s: int(s.split("-")[-1])
-    )
-    return [p for p in found if p.relative_to(folder).parts[0] == newest]
+    return kept
+
+
+def _passing(path: Path) -> bool:
+    """Whether it lies in a checkpoint, or in one that was never finished."""
+    return any(part.startswith(("checkpoint-", ".")) for part in path.parts)
 
 
 def evaluate_folders(config: EvalConfig) -> dict[str, Evaluation]:

@@ -11,6 +11,12 @@ from simple_parsing import ArgumentParser
 
 from mpsae import __version__
 
+_USAGE = {
+    "train": "mpsae train [MODEL [DATASET]] [options]",
+    "eval": "mpsae eval RUN... [options]",
+    "demo": "mpsae demo [options]",
+}
+
 
 def _commands() -> dict[str, tuple[type, Callable[[Any], object]]]:
     from mpsae.cli import demo, eval, train
@@ -32,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, (config, _) in commands.items():
         text = (config.__doc__ or "").strip().splitlines()[0]
-        subparser = subparsers.add_parser(name, help=text, description=text)
+        subparser = subparsers.add_parser(name, help=text, description=text, usage=_USAGE[name])
         subparser.add_arguments(config, dest="config")
     # one line per retry of every request says less than the error at the end
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -40,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = parser.parse_args(arguments)
         commands[parsed.command][1](parsed.config)
     except (ValueError, OSError) as error:
-        print(f"mpsae: error: {error}", file=sys.stderr)
+        # messages of the packages underneath have several lines
+        print(f"mpsae: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

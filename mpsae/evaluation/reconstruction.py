@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mpsae.activations import TextConfig, is_causal, record, replace, sequences
+from mpsae.activations.model import check_context
 from mpsae.activations.text import Sequences
 from mpsae.metrics import RunningFVU
 from mpsae.sae import SparseAutoencoder
@@ -70,8 +71,12 @@ def evaluate(
         tokens of text that follow another token.
 
     Raises:
-        ValueError: activations of another width than the SAE's; no text on the held-out side.
+        ValueError: activations of another width than the SAE's; no text on the held-out side; a
+            context that the model does not reach.
     """
+    if max_tokens < 1 or batch < 1:
+        raise ValueError(f"max_tokens={max_tokens} and batch={batch} must be at least 1")
+    check_context(model, text.context)
     sae.eval()
     result = Evaluation()
     device = sae.dictionary.device
@@ -94,10 +99,11 @@ def evaluate(
         fired.index_fill_(0, code.indices[code.values != 0], True)
         mean += x.double().sum(0).cpu()
         if isinstance(code, Pursuit):
-            for t, residual in enumerate(_residuals(code, sae.dictionary)):
-                if t == len(prefixes):
-                    prefixes.append(RunningFVU(sae.config.d_in))
-                prefixes[t].update(x, residual)
+            prefixes = prefixes or [RunningFVU(sae.config.d_in) for _ in code.indices[0]]
+            for running, residual in zip(
+                reversed(prefixes), _residuals(code, sae.dictionary), strict=True
+            ):
+                running.update(x, residual)
         kept.append(part)
         result.tokens += len(x)
         if result.tokens >= max_tokens:
@@ -118,12 +124,11 @@ def evaluate(
 
 
 def _residuals(code: Pursuit, dictionary: Tensor) -> Iterator[Tensor]:
-    """Residual after 1, 2, ... steps, walked back from the last one and turned around."""
-    residual, walked = code.residual, []
+    """Residual after k, k - 1, ... 1 steps, walked back from the last one."""
+    residual = code.residual
     for t in reversed(range(code.indices.shape[-1])):
-        walked.append(residual)
+        yield residual
         residual = residual + code.values[..., t, None] * dictionary[code.indices[..., t]]
-    return reversed(walked)
 
 
 def _cross_entropies(

@@ -41,7 +41,7 @@ class SAEConfig:
     def __post_init__(self) -> None:
         for name in ("d_in", "d_sae", "k", "dead_after"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
         if self.aux_k is not None and self.aux_k < 1:
             raise ValueError(f"aux_k must be at least 1, not {self.aux_k}")

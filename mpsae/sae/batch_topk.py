@@ -67,8 +67,8 @@ class BatchTopKSAE(TopKSAE):
         else:
             kept = (rows.detach() > self.threshold).flatten().nonzero()[:, 0]
         code = _pack(rows, kept)
-        lead = x.shape[:-1]
-        return SparseCode(code.indices.reshape(*lead, -1), code.values.reshape(*lead, -1))
+        shape = (*x.shape[:-1], code.indices.shape[1])
+        return SparseCode(code.indices.reshape(shape), code.values.reshape(shape))
 
     def _learn_threshold(self, smallest: Tensor) -> None:
         first = self.threshold < 0

@@ -20,11 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mpsae
+from mpsae.checks import FLOATS
 from mpsae.sae.base import ARCHITECTURES, SparseAutoencoder
 from mpsae.sae.matching_pursuit import MatchingPursuitConfig
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
+# SAELens takes a file that names no version for one from before 6.0 and drops its metadata
+_LAYOUT = {"sae_lens_version": "6.54.12"}
 
 # name here -> name in the file; the encoder is stored as SAELens' W_enc [d_in, d_sae]
 _NAMES = {"dictionary": "W_dec", "encoder": "W_enc"}
@@ -34,6 +37,7 @@ def write_sae(sae: SparseAutoencoder, folder: str | Path) -> Path:
     """Serve :meth:`SparseAutoencoder.save_pretrained`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(_written_config(sae), indent=2) + "\n"  # what may fail comes first
     weights = {}
     for name, tensor in sae.state_dict().items():
         stored = tensor.T if name == "encoder" else tensor
@@ -41,7 +45,7 @@ def write_sae(sae: SparseAutoencoder, folder: str | Path) -> Path:
     with renamed(folder / WEIGHTS_FILE) as path:
         save_file(weights, path)
     with renamed(folder / CONFIG_FILE) as path:
-        path.write_text(json.dumps(_written_config(sae), indent=2) + "\n")
+        path.write_text(config)
     return folder
 
 
@@ -57,9 +61,10 @@ def read_sae(folder: str | Path, device: str | torch.device = "cpu") -> SparseAu
         raise OSError(f"no {WEIGHTS_FILE} in {folder}") from None
     except SafetensorError as error:
         raise OSError(f"{path} is cut short or damaged ({error})") from error
-    sae = cls(config)
+    sae = cls(config).to(_dtype(written, folder / CONFIG_FILE))
     sae.metadata = dict(written.get("metadata") or {})
-    sae.metadata.pop("mpsae", None)
+    if sae.metadata.pop("mpsae", None) and _LAYOUT.items() <= sae.metadata.items():
+        del sae.metadata["sae_lens_version"]  # written again by write_sae
     _load_weights(sae, weights, path)
     return sae.to(device).eval()
 
@@ -86,7 +91,7 @@ def _written_config(sae: SparseAutoencoder) -> dict[str, Any]:
         "architecture": sae.architecture,
         "d_in": config.d_in,
         "d_sae": config.d_sae,
-        "dtype": "float32",
+        "dtype": str(sae.dictionary.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": getattr(config, "apply_b_dec_to_input", True),
         "normalize_activations": "none",
@@ -103,7 +108,7 @@ def _written_config(sae: SparseAutoencoder) -> dict[str, Any]:
     else:
         written |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
     own = {"architecture": sae.architecture, "version": mpsae.__version__, "config": asdict(config)}
-    return written | {"metadata": {**sae.metadata, "mpsae": own}}
+    return written | {"metadata": {**_LAYOUT, **sae.metadata, "mpsae": own}}
 
 
 def _saelens_can_run(config: MatchingPursuitConfig) -> bool:
@@ -120,14 +125,26 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise OSError(f"{path} is cut short or damaged ({error})") from error
     if not isinstance(written, dict) or "architecture" not in written:
         raise ValueError(f"{path} names no architecture")
+    if not isinstance(written.get("metadata") or {}, dict):
+        raise ValueError(f"metadata in {path} must be an object, not {written['metadata']!r}")
     return written
+
+
+def _dtype(written: Mapping[str, Any], path: Path) -> torch.dtype:
+    name = str(written.get("dtype", "float32")).removeprefix("torch.")
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+    if name not in known:
+        raise ValueError(f"{path} has dtype={name!r}; known: {', '.join(known)}")
+    return known[name]
 
 
 def _parse_config(written: Mapping[str, Any], path: Path) -> tuple[type[SparseAutoencoder], Any]:
     own = (written.get("metadata") or {}).get("mpsae")
     if own is None:
         return ARCHITECTURES["matching_pursuit"], _from_saelens(written, path)
-    cls = ARCHITECTURES.get(own.get("architecture"))
+    if not isinstance(own, dict) or not isinstance(own.get("config"), dict):
+        raise ValueError(f"metadata.mpsae in {path} must hold a config, not {own!r}")
+    cls = ARCHITECTURES.get(str(own.get("architecture")))
     if cls is None:
         raise ValueError(
             f"{path} holds a {own.get('architecture')!r} SAE; known: {', '.join(ARCHITECTURES)}"
@@ -148,6 +165,9 @@ def _from_saelens(written: Mapping[str, Any], path: Path) -> MatchingPursuitConf
             f"{path} holds a {written['architecture']!r} SAE of another package; of those only "
             "SAELens' matching_pursuit is read"
         )
+    missing = [name for name in ("d_in", "d_sae") if name not in written]
+    if missing:
+        raise ValueError(f"{path} lacks {' and '.join(missing)}")
     for name in ("normalize_activations", "reshape_activations"):
         if written.get(name, "none") != "none":
             raise ValueError(f"{path} has {name}={written[name]!r}; only 'none' is read")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from mpsae import checks
 from mpsae.metrics import residual_fvu
 from mpsae.pursuit import Backend, Method, Precision, matching_pursuit
 from mpsae.reference import Select
@@ -45,10 +47,14 @@ class MatchingPursuitConfig(SAEConfig):
         super().__post_init__()
         if not self.allow_repeats and self.k > self.d_sae:
             raise ValueError(f"k={self.k} exceeds d_sae={self.d_sae}, and allow_repeats=False")
-        if self.residual_threshold < 0:
-            raise ValueError(
-                f"residual_threshold must be at least 0, not {self.residual_threshold}"
-            )
+        checks.thresholds(self.residual_threshold, self.correlation_threshold)
+        for name, allowed in (
+            ("select", Select),
+            ("precision", Precision),
+            ("method", Method),
+            ("backend", Backend),
+        ):
+            checks.choice(name, getattr(self, name), get_args(allowed))
 
 
 class MatchingPursuitSAE(SparseAutoencoder):

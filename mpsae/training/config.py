@@ -15,14 +15,20 @@ from mpsae.sae import ARCHITECTURES, SAEConfig, SparseAutoencoder
 
 Logger = Literal["wandb", "trackio", "tensorboard"]
 
+# what may change when a run is resumed
+_FREE = {
+    "max_tokens", "accumulate", "device", "autocast", "out", "resume", "checkpoint_every",
+    "log_every", "logger",
+}  # fmt: skip
+
 
 @dataclass(kw_only=True)
 class TrainConfig:
     """Train sparse autoencoders on a language model's activations."""
 
-    model: str = option(default=EMBEDDED, positional=True, nargs="?")
+    model: str = option(default=EMBEDDED, positional=True, nargs="?", metavar="MODEL")
     """Hub id or local folder of a transformers model; the embedded one by default."""
-    dataset: str = option(default="stdlib", positional=True, nargs="?")
+    dataset: str = option(default="stdlib", positional=True, nargs="?", metavar="DATASET")
     """Hub id, local file or folder, or stdlib: the source of Python's own library."""
     hookpoints: list[str] = field(default_factory=lambda: ["layers.2"])
     """Modules whose outputs are encoded (layers.2, layers.2.mlp; with :input their inputs)."""
@@ -74,6 +80,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self.out = Path(self.out)
+        if self.dataset == "stdlib":
+            self.dataset = self.text.dataset
         self.text.dataset = self.dataset
         if self.batch_tokens is None:
             self.batch_tokens = 2**11 if self.model == EMBEDDED else 2**16
@@ -86,6 +94,17 @@ class TrainConfig:
                 f"max_tokens={self.max_tokens} is less than one step (batch_tokens="
                 f"{self.batch_tokens})"
             )
+        if self.batch_tokens < 2 * self.accumulate:
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens} gives fewer than two rows to each of "
+                f"accumulate={self.accumulate} parts"
+            )
+        for name in ("hookpoints", "architecture"):
+            named = getattr(self, name)
+            if not named or len(set(named)) < len(named):
+                raise ValueError(f"{name} must name at least one, and none twice, not {named}")
+        if self.clip_grad_norm < 0:
+            raise ValueError(f"clip_grad_norm must be at least 0, not {self.clip_grad_norm}")
         if self.lr <= 0:
             raise ValueError(f"lr must be above 0, not {self.lr}")
         if not 0 <= self.decay_fraction <= 1:
@@ -111,16 +130,39 @@ class TrainConfig:
         """
         cls = ARCHITECTURES[architecture].config_class
         options = _parse_options(cls, self.sae)
-        d_sae = self.d_sae or d_in * self.expansion_factor
+        d_sae = d_in * self.expansion_factor if self.d_sae is None else self.d_sae
         return cls(**{"d_in": d_in, "d_sae": d_sae, "k": self.k, "seed": self.seed} | options)
 
     def make_sae(self, architecture: str, d_in: int) -> SparseAutoencoder:
         """Make one SAE, untrained."""
         return ARCHITECTURES[architecture](self.sae_config(architecture, d_in))
 
+    def as_json(self) -> dict[str, Any]:
+        """Give the settings as JSON has them."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
     def save(self, path: Path) -> None:
         """Write the settings as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2, default=str) + "\n")
+        path.write_text(json.dumps(self.as_json(), indent=2) + "\n")
+
+    def check_resumed(self, path: Path) -> None:
+        """Compare with the settings that a run was started with.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: a setting differs that a run cannot change on its way.
+        """
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise OSError(f"{path} is cut short or damaged ({error})") from error
+        now = self.as_json()
+        for name in now.keys() - _FREE:
+            if before.get(name) != now[name]:
+                raise ValueError(
+                    f"the run in {path.parent} has {name}={before.get(name)!r}, but now asked for "
+                    f"is {now[name]!r}; give it as it was, or another --out"
+                )
 
 
 def _parse_options(cls: type[SAEConfig], pairs: list[str]) -> dict[str, Any]:

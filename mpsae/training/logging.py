@@ -15,6 +15,7 @@ class MetricsLog:
         run: the run's folder.
         logger: ``"wandb"``, ``"trackio"``, ``"tensorboard"`` or none.
         settings: shown by the service beside the metrics.
+        step: where the run goes on; lines of later steps, which will be done again, are dropped.
 
     Raises:
         ValueError: the service's package is not installed.
@@ -25,8 +26,14 @@ class MetricsLog:
         run: Path,
         logger: Literal["wandb", "trackio", "tensorboard"] | None,
         settings: dict[str, Any],
+        *,
+        step: int = 0,
     ):
-        self.file = (run / "metrics.jsonl").open("a")
+        path = run / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        self.file = path.open("w")
+        self.file.writelines(line for line in lines if _step(line) <= step)
+        self.file.flush()
         self.send, self.finish = _service(logger, run, settings)
 
     def write(self, name: str, step: int, metrics: dict[str, float]) -> None:
@@ -39,6 +46,13 @@ class MetricsLog:
         """Close file and service."""
         self.file.close()
         self.finish()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # cut short when the run was killed
+        return float("inf")
 
 
 def _service(

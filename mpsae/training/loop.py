@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,14 +34,24 @@ class Job:
     sae: SparseAutoencoder
     optimizer: torch.optim.Optimizer
     seconds: float = 0.0
-    """Spent on this SAE's steps, the language model's time left out."""
+    """Spent on this SAE's steps by this process, the language model's time left out."""
+    tokens: int = 0
+    """Trained on by this process."""
 
 
 def pick_device(device: str) -> str:
-    """Resolve ``"auto"``."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Resolve ``"auto"``.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used: {error}") from error
+    return device
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int | None) -> float:
@@ -63,6 +76,14 @@ def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> l
         ValueError: a setting, hookpoint or text that cannot be used; NaN or Inf in activations or
             loss, naming hookpoint and batch. The checkpoints written before are kept.
         OSError: a model, dataset or checkpoint that cannot be read.
+        KeyboardInterrupt: after the step in progress, once its checkpoint is written.
+
+    Notes:
+        A resumed run takes the same steps as one that was never stopped, bit for bit where the
+        device's arithmetic is reproducible: checkpoints hold the SAEs, the optimisers' state and
+        the buffer of activations. Only a finished run that is resumed with more ``max_tokens``
+        starts with an empty buffer, at the sequence behind the last one read.
+        A last batch that the text does not fill is left out, except where it is the only one.
     """
     existing = state.checkpoints(config.out)
     finished = (config.out / "finished.json").exists()
@@ -84,9 +105,12 @@ def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> l
         repeat=config.max_tokens is not None,
     )
     run = _Run(config, stream)
+    if existing:
+        config.check_resumed(config.out / "config.json")
+        run.load(existing[-1])
     config.out.mkdir(parents=True, exist_ok=True)
     config.save(config.out / "config.json")
-    return run.go(existing[-1] if existing else None)
+    return run.go()
 
 
 class _Run:
@@ -98,14 +122,26 @@ class _Run:
         self.step = self.tokens = 0
         limit, batch = config.max_tokens, config.batch_tokens or 1
         self.steps = None if limit is None else limit // batch
+        self._make_jobs()
 
-    def go(self, checkpoint: Any) -> list[Job]:
+    def load(self, checkpoint: Path) -> None:
+        saved = state.load_checkpoint(checkpoint, self._parts())
+        self.step, self.tokens = saved["step"], saved["tokens"]
+        buffer = state.load_buffer(checkpoint)
+        if buffer is not None:
+            self.stream.load_state_dict(buffer)
+        else:
+            self.stream.skip(saved["sequences_read"], saved["sequences_of_pass"])
+
+    def go(self) -> list[Job]:
         config = self.config
-        log = MetricsLog(config.out, config.logger, asdict(config))
-        bar = tqdm(total=self.steps, unit="step", dynamic_ncols=True, disable=None)
+        log = MetricsLog(config.out, config.logger, config.as_json(), step=self.step)
+        bar = tqdm(
+            total=self.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=None
+        )
+        interrupt = _Interrupt()
         try:
-            for batch in self._batches(checkpoint):
-                bar.update(self.step - bar.n)
+            for batch in self._batches():
                 metrics = self._train_step(batch)
                 self.step += 1
                 bar.update()
@@ -113,14 +149,13 @@ class _Run:
                     for name, values in metrics.items():
                         log.write(name, self.step, values)
                     bar.set_postfix_str(_summary(metrics))
-                if self.step % config.checkpoint_every == 0:
-                    self._save()
-        except KeyboardInterrupt:
-            if self.step:
-                folder = self._save()
-                print(f"\ninterrupted; go on with --resume from {folder}", file=sys.stderr)
-            raise
+                if self.step % config.checkpoint_every == 0 or interrupt.seen:
+                    folder = self._save(self.stream.state_dict())
+                if interrupt.seen:
+                    print(f"\ninterrupted; go on with --resume from {folder}", file=sys.stderr)
+                    raise KeyboardInterrupt
         finally:
+            interrupt.close()
             bar.close()
             log.close()
         self._save()
@@ -129,20 +164,19 @@ class _Run:
         (config.out / "finished.json").write_text(f'{{"step": {self.step}}}\n')
         return self.jobs
 
-    def _batches(self, checkpoint: Any) -> Iterator[dict[str, Tensor]]:
-        """Batches up to the last step, from the checkpoint on if there is one."""
-        self._make_jobs()
-        if checkpoint is not None:
-            saved = state.load_checkpoint(checkpoint, self._parts())
-            self.step, self.tokens = saved["step"], saved["tokens"]
-            self.stream.sequences_read = saved["sequences_read"]
-            self.stream.generator.manual_seed(self.config.seed + self.step)
-        for batch in self.stream:
-            if self.steps is not None and self.step >= self.steps:
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        """Batches up to the last step."""
+        batches = iter(self.stream)
+        while self.steps is None or self.step < self.steps:
+            batch = next(batches, None)
+            if batch is None:
                 return
+            rows = len(next(iter(batch.values())))
             if self.step == 0:
                 for job in self.jobs:
                     job.sae.initialize_b_dec_(batch[job.hookpoint])
+            elif rows < self.stream.batch:  # the text's end: too few rows for a step like the rest
+                return
             yield batch
 
     def _make_jobs(self) -> None:
@@ -173,9 +207,9 @@ class _Run:
     def _parts(self) -> dict[str, tuple[SparseAutoencoder, torch.optim.Optimizer]]:
         return {job.name: (job.sae, job.optimizer) for job in self.jobs}
 
-    def _save(self) -> Any:
-        progress = {"tokens": self.tokens, "sequences_read": self.stream.sequences_read}
-        return state.save_checkpoint(self.config.out, self.step, progress, self._parts())
+    def _save(self, buffer: dict[str, Tensor] | None = None) -> Path:
+        progress = {"tokens": self.tokens} | self.stream.progress()
+        return state.save_checkpoint(self.config.out, self.step, progress, self._parts(), buffer)
 
     def _train_step(self, batch: dict[str, Tensor]) -> dict[str, dict[str, float]]:
         """Step every SAE; the metrics where this step is logged."""
@@ -186,8 +220,9 @@ class _Run:
             started = time.perf_counter()
             values = self._step_one(job, batch[job.hookpoint], logged)
             job.seconds += time.perf_counter() - started
+            job.tokens += len(batch[job.hookpoint])
             if logged:
-                rate = (self.step + 1) * len(batch[job.hookpoint]) / job.seconds
+                rate = job.tokens / job.seconds
                 metrics[job.name] = {"tokens": self.tokens} | values | {"tokens_per_s": rate}
         return metrics
 
@@ -199,18 +234,25 @@ class _Run:
         bf16 = rows.device.type != "cpu" if config.autocast is None else config.autocast
         sums: dict[str, float] = {}
         parts = rows.chunk(config.accumulate)
+        total = _variance(rows)
         for part in parts:
             share = len(part) / len(rows)
+            # a part's FVU is over its own variance; so the sum is the FVU of all rows
+            of_variance = share if len(parts) == 1 else (_variance(part) / total).item()
             with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=bf16):
                 output = sae(part)
-            loss = output.loss * share
-            loss.backward()
+            losses = {
+                name: value * (of_variance if name == "reconstruction" else share)
+                for name, value in output.losses.items()
+            }
+            torch.stack(list(losses.values())).sum().backward()
             if logged:
-                seen = {name: value.item() for name, value in output.losses.items()}
-                seen["fvu"] = fvu(part, output.reconstruction).item()
-                seen["l0"] = l0(output.code.indices, output.code.values).float().mean().item()
-                for name, value in seen.items():
-                    sums[name] = sums.get(name, 0.0) + share * value
+                seen = {name: value.item() for name, value in losses.items()}
+                seen["fvu"] = of_variance * fvu(part, output.reconstruction).item()
+                used = l0(output.code.indices, output.code.values).float().mean().item()
+                seen["l0"] = share * used
+                for name, number in seen.items():
+                    sums[name] = sums.get(name, 0.0) + number
         limit = config.clip_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), limit)
         if not math.isfinite(norm.item()):
@@ -224,6 +266,30 @@ class _Run:
             return {}
         dead = sae.dead_latents().float().mean().item()
         return sums | {"dead_fraction": dead, "lr": rate, "gradient_norm": norm.item()}
+
+
+def _variance(rows: Tensor) -> Tensor:
+    """Sum ||x - mean||^2."""
+    return (rows - rows.mean(0)).square().sum()
+
+
+class _Interrupt:
+    """Remember the first Ctrl-C, so that a step is taken whole; the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        self.before: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self._remember)
+
+    def _remember(self, *_: object) -> None:
+        self.seen = True
+        self.close()
+
+    def close(self) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+            self.before = None
 
 
 def _summary(metrics: dict[str, dict[str, float]]) -> str:

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mpsae.sae import SparseAutoencoder
 
 KEPT = 2
 _STATE = "training_state.safetensors"
 _PROGRESS = "progress.json"
+_BUFFER = "buffer.safetensors"
 
 
 def save_checkpoint(
@@ -24,6 +26,7 @@ def save_checkpoint(
     step: int,
     progress: dict[str, Any],
     parts: dict[str, tuple[SparseAutoencoder, torch.optim.Optimizer]],
+    buffer: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint under a temporary name, rename it, and drop the oldest ones.
 
@@ -32,13 +35,15 @@ def save_checkpoint(
         step: steps done.
         progress: JSON-able, what the loop needs to go on.
         parts: SAE and optimiser by name (a relative path).
+        buffer: the stream's state, where the run has yet to go on.
 
     Returns:
         `run/checkpoint-<step>`.
     """
     final = run / f"checkpoint-{step}"
     temporary = run / f".checkpoint-{step}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in run.glob(".checkpoint-*"):  # of runs that were killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         for name, (sae, optimizer) in parts.items():
             folder = sae.save_pretrained(temporary / name)
@@ -47,6 +52,8 @@ def save_checkpoint(
                 for key, value in state.items():
                     tensors[f"{number}.{key}"] = torch.as_tensor(value).cpu().contiguous()
             save_file(tensors, folder / _STATE)
+        if buffer is not None:
+            save_file(buffer, temporary / _BUFFER)
         (temporary / _PROGRESS).write_text(json.dumps(progress | {"step": step}) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
@@ -75,6 +82,10 @@ def load_checkpoint(
         OSError: a file is missing, cut short or damaged.
         ValueError: it is of other SAEs than these.
     """
+    try:
+        progress = json.loads((folder / _PROGRESS).read_text())
+    except ValueError as error:
+        raise OSError(f"{folder / _PROGRESS} is damaged ({error})") from error
     for name, (sae, optimizer) in parts.items():
         if not (folder / name).is_dir():
             raise ValueError(f"{folder} holds no {name}; was the run made with other settings?")
@@ -84,10 +95,7 @@ def load_checkpoint(
                 f"{folder / name} was trained as {stored.config}, but now asked for is {sae.config}"
             )
         sae.load_state_dict(stored.state_dict())
-        try:
-            tensors = load_file(folder / name / _STATE)
-        except (FileNotFoundError, SafetensorError) as error:
-            raise OSError(f"{folder / name / _STATE} is missing or damaged ({error})") from error
+        tensors = _load_tensors(folder / name / _STATE)
         sae.rows_since_fired.copy_(tensors.pop("rows_since_fired"))
         state: dict[int, dict[str, Any]] = {}
         for key, tensor in tensors.items():
@@ -95,4 +103,20 @@ def load_checkpoint(
             state.setdefault(int(number), {})[field] = tensor
         whole = optimizer.state_dict()
         optimizer.load_state_dict(whole | {"state": state})
-    return json.loads((folder / _PROGRESS).read_text())
+    return progress
+
+
+def load_buffer(folder: Path) -> dict[str, Tensor] | None:
+    """State of the stream in a checkpoint; none in the last one of a finished run.
+
+    Raises:
+        OSError: it is damaged.
+    """
+    return _load_tensors(folder / _BUFFER) if (folder / _BUFFER).exists() else None
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise OSError(f"{path} is missing or damaged ({error})") from error

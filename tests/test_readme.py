@@ -1,0 +1,51 @@
+"""The README's example runs, and its command lines are ones that the program takes."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from simple_parsing import ArgumentParser
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line
+    for block in re.findall(r"```(?:sh|console)\n(.*?)```", TEXT, flags=re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.startswith("mpsae ")
+]
+
+
+def test_the_python_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.S)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 12
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    p, sae, x = names["p"], names["sae"], names["x"]
+    whole = p.residual + p.reconstruct(sae.dictionary)
+    assert (whole - (x - sae.b_dec)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command):
+    from mpsae.cli.main import _commands
+
+    _, name, *arguments = shlex.split(command, comments=True)
+    config, _ = _commands()[name]
+    parser = ArgumentParser()
+    parser.add_arguments(config, dest="config")
+    parsed, unknown = parser.parse_known_args(arguments)
+    assert not unknown
+    assert isinstance(parsed.config, config)
+
+
+def test_there_are_commands_to_test():
+    assert len(COMMANDS) >= 3
+
+
+def test_files_that_are_named_exist():
+    for name in re.findall(r"\]\(([^)#:]+)\)", TEXT):
+        assert (ROOT / name).exists(), name
+    for target in re.findall(r"make ([a-z-]+)", TEXT):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M), target
