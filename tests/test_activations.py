@@ -67,15 +67,16 @@ def test_stream_yields_each_token_once_within_its_bound(
         loaded, short_text, batch=batch, buffer_tokens=buffer_tokens,
         side=side, seed=seed,
     )  # fmt: skip
+    expected = all_rows(loaded, short_text, side=side)
     got, count = [], 0
     for rows in stream:
         assert stream._store["layers.1"].shape[0] == buffer_tokens
         count += len(rows["layers.1"])
         got.append(rows["layers.1"])
+        assert count <= len(expected)
         # what the model has passed and is not yielded yet: the buffer and one pass
         assert stream.sequences_read * 23 - count <= buffer_tokens + 8 * 24
     assert [len(rows) for rows in got[:-1]] == [batch] * (len(got) - 1)
-    expected = all_rows(loaded, short_text, side=side)
     assert count == len(expected)
     assert torch.equal(sorted_rows(torch.cat(got)), sorted_rows(expected))
 

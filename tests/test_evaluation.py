@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from hypothesis import given
@@ -23,8 +25,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory, text_file):
-    path = tmp_path_factory.mktemp("short") / "short.txt"
-    path.write_text(text_file.read_text()[:20_000])
+    """Many short documents, so that there is a special token in most sequences."""
+    path = tmp_path_factory.mktemp("short") / "short.jsonl"
+    documents = text_file.read_text()[:20_000].split("\n\n")
+    path.write_text("\n".join(json.dumps({"text": document}) for document in documents))
     return TextConfig(dataset=str(path), context=24)
 
 

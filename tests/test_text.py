@@ -112,6 +112,19 @@ def documents_of(settings_, side="train"):
     return list(load_documents(settings_, side))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_streaming_of_a_local_file_converts_nothing(streaming, text_file, monkeypatch):
+    import datasets
+
+    loaded = []
+    real = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **k: loaded.append(real(*a, **k)) or loaded[0]
+    )
+    assert documents_of(config(text_file, streaming=streaming)) == [text_file.read_text()]
+    assert isinstance(loaded[0], datasets.IterableDataset) == streaming
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "txt", "folder", "saved"])
 def test_local_files_give_their_documents(kind, streaming, tmp_path, monkeypatch):
