@@ -144,7 +144,7 @@ def _parse_config(written: Mapping[str, Any], path: Path) -> tuple[type[SparseAu
         return ARCHITECTURES["matching_pursuit"], _from_saelens(written, path)
     if not isinstance(own, dict) or not isinstance(own.get("config"), dict):
         raise ValueError(f"metadata.mpsae in {path} must hold a config, not {own!r}")
-    cls = ARCHITECTURES.get(own.get("architecture"))
+    cls = ARCHITECTURES.get(str(own.get("architecture")))
     if cls is None:
         raise ValueError(
             f"{path} holds a {own.get('architecture')!r} SAE; known: {', '.join(ARCHITECTURES)}"
