@@ -105,10 +105,12 @@ def test_the_learnt_threshold_keeps_k_latents_on_average(kind):
     sae = shaken(kind, threshold_momentum=0.9)
     for seed in range(60):
         sae.encode(rows(64, seed=seed))
-    code = sae.eval().encode(rows(4000, seed=1000))
+    x = rows(4000, seed=1000)
+    code, latents = sae.eval().encode(x), sae.latents(x)
+    assert torch.equal(code.code(N), torch.where(latents > sae.threshold, latents, 0))
     assert l0(code.indices, code.values).double().mean().item() == pytest.approx(K, rel=0.05)
-    alone = sae.encode(rows(4000, seed=1000)[17])
-    assert torch.equal(alone.code(N), code.code(N)[17])
+    alone = torch.stack([sae.encode(row).code(N) for row in x[:30]])
+    torch.testing.assert_close(alone, code.code(N)[:30], rtol=0, atol=1e-12)
 
 
 def test_the_threshold_is_a_running_mean_of_the_smallest_latent_kept():

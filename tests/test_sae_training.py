@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sae_problems import KINDS, OWN_ENCODER, N, make, rows, shaken, sparse_data
+from sae_problems import KINDS, OWN_ENCODER, D, N, make, rows, shaken, sparse_data
 
 from mpsae.metrics import fvu
 
@@ -64,18 +64,39 @@ def test_without_normalisation_the_step_is_free():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_auxiliary_loss_moves_dead_latents_only(kind):
-    sae, x = shaken(kind, dead_after=10), rows(30)
-    dead = torch.zeros(N, dtype=torch.bool)
-    dead[[2, 5, 11]] = True
-    sae.rows_since_fired[dead] = 10
-    code = sae.encode(x)
-    sae._aux_loss(x, (x - sae.decode(code)).detach()).backward()
+    sae, x = shaken(kind, dead_after=10, aux_k=N), rows(4)
+    dead = (sae.encode(x).code(N) == 0).all(0)
+    sae.rows_since_fired[dead] = 6  # and the four rows make it ten
+    sae(x).losses["aux"].backward()
+    assert torch.equal(sae.dead_latents(), dead)
     for name in ("dictionary", "encoder", "b_enc"):
-        gradient = getattr(sae, name).grad if hasattr(sae, name) else None
-        if gradient is not None:
+        if hasattr(sae, name):
+            gradient = getattr(sae, name).grad
             assert not gradient[~dead].any(), name
-            assert gradient[dead].reshape(3, -1).any(1).all(), name
-    assert sae.dictionary.grad is not None
+            assert gradient[dead].any(), name
+
+
+@given(count=st.integers(0, 6), aux_k=st.integers(1, 4) | st.none(), seed=st.integers(0, 99))
+@pytest.mark.parametrize("kind", ["matching_pursuit", "topk"])
+def test_the_auxiliary_loss_is_what_dead_latents_leave_of_the_residual(kind, count, aux_k, seed):
+    sae, x = shaken(kind, aux_k=aux_k), rows(7, seed=seed)
+    sae.rows_since_fired[:count] = sae.config.dead_after
+    residual = rows(7, seed=seed + 1)
+    loss = sae._aux_loss(x, residual)
+    if not count:
+        assert loss is None
+        return
+    wanted = aux_k or D // 2
+    if kind == "topk":
+        latents = (x - sae.b_dec) @ sae.encoder[:count].T + sae.b_enc[:count]
+    else:
+        latents = residual @ sae.dictionary[:count].T
+    top = latents.relu().sort(dim=1, descending=True)
+    left = residual.clone()
+    for values, index in zip(top.values.T[:wanted], top.indices.T[:wanted], strict=True):
+        left = left - values[:, None] * sae.dictionary[index]
+    expected = min(wanted, count) / wanted * fvu(residual, residual - left)
+    assert loss.item() == pytest.approx(expected.item())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,8 +128,8 @@ def test_a_latent_is_dead_after_so_many_rows_without_firing(kind):
     sae = shaken(kind, dead_after=12, aux_coefficient=0.0)
     expected = torch.zeros(N, dtype=torch.int64)
     for seed in range(4):
-        output = sae(rows(5, seed=seed))
-        fired = (output.code.code(N) != 0).any(0)
+        output = sae(rows(1, 5, seed=seed))
+        fired = (output.code.code(N) != 0).any(1)[0]
         expected = torch.where(fired, 0, expected + 5)
         assert torch.equal(sae.rows_since_fired, expected)
         assert torch.equal(sae.dead_latents(), expected >= 12)
@@ -134,3 +155,16 @@ def test_some_steps_of_training_lower_the_loss_on_unseen_rows(kind):
     after = fvu(unseen, sae.eval()(unseen).reconstruction).item()
     assert after < 0.75 * before
     torch.testing.assert_close(sae.dictionary.norm(dim=1), torch.ones(N))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_places_that_are_filled_up_are_not_firing(kind):
+    own = {"residual_threshold": 1.0} if kind in ("matching_pursuit", "untied") else {}
+    sae = shaken(kind, k=20, **own)
+    with torch.no_grad():
+        sae.dictionary[0] = 0
+        if hasattr(sae, "b_enc"):
+            sae.b_enc[0] = -100  # latent 0 never fires, but is what fills rows up
+    output = sae(rows(6))
+    assert ((output.code.indices == 0) & (output.code.values == 0)).any()
+    assert sae.rows_since_fired[0] == 6
