@@ -19,7 +19,7 @@ lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 # torch comes first and alone, so that the build it brings satisfies everything after it
-$(READY): requirements.txt setup.py pyproject.toml
+$(READY): requirements.txt setup.py pyproject.toml $(wildcard kernels/csrc/*)
 	@echo "== environment in $(VENV): installing the pinned packages (once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
