@@ -32,6 +32,7 @@ class TopKSAE(SparseAutoencoder):
         Gao et al., 2024, arXiv 2406.04093.
 
     Example:
+        >>> import torch
         >>> sae = TopKSAE(TopKConfig(d_in=8, d_sae=32, k=3))
         >>> sae(torch.randn(5, 8)).code.values.shape
         torch.Size([5, 3])
