@@ -19,6 +19,7 @@ OPTIONS = {
     "bias alone": {"bias": True, "select": "max"},
     "signed, no repeats": {"select": "abs", "allow_repeats": False},
     "stops": {"residual_threshold": 2.0, "correlation_threshold": 0.4, "stop_on_repeat": True},
+    "no steps": {"k": 0},
     "detached": {"detach_residual": True, "encoder": True},
     "steps, slices, gram": {"k_rows": True, "slices": True, "gram": True},
 }
@@ -188,7 +189,7 @@ def test_the_reference_keeps_a_residual_for_each_step():
     (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16),
 ], ids=str)  # fmt: skip
 def test_autocast_admits_mixed_dtypes_and_accumulates_in_fp32(method, dtypes):
-    x, dictionary = problem(9, 12, 30, torch.float32, seed=2)
+    x, dictionary = problem(60, 12, 600, torch.float32, seed=2)  # bf16 would choose otherwise
     x, dictionary = x.to(dtypes[0]).requires_grad_(), dictionary.to(dtypes[1]).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         p = matching_pursuit(x, dictionary, 4, method=method)

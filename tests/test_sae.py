@@ -52,6 +52,7 @@ def test_the_loss_is_the_fvu_of_the_decoded_code(kind, apply_b_dec):
     offset = sae.b_dec if own.get("apply_b_dec_to_input", True) else 0
     dense = output.code.code(N) @ sae.dictionary + offset
     assert rms_ratio(output.reconstruction, dense) < 1e-12
+    assert rms_ratio(sae.decode(output.code), dense) < 1e-12
     if kind != "matryoshka":
         assert output.losses["reconstruction"].item() == pytest.approx(naive_fvu(x, dense).item())
 

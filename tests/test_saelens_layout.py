@@ -92,11 +92,12 @@ def test_a_folder_of_saelens_is_read(tmp_path, changes, dtype):
     assert sae.dictionary.dtype == (torch.float32 if "dtype" in changes else dtype)
     sae, x = sae.double(), rows(12)
     W_dec, b_dec = weights["W_dec"].double(), weights["b_dec"].double()
-    centred = x - b_dec if c.apply_b_dec_to_input else x
+    applied = changes.get("apply_b_dec_to_input", True)
+    centred = x - b_dec if applied else x
     expected = saelens_code(centred, W_dec, threshold, steps, duplicate)
     code = sae.encode(x)
     torch.testing.assert_close(code.code(N), expected, rtol=0, atol=1e-12)
-    decoded = expected @ W_dec + (b_dec if c.apply_b_dec_to_input else 0)
+    decoded = expected @ W_dec + (b_dec if applied else 0)
     assert rms_ratio(sae.decode(code), decoded) < 1e-12
 
 
