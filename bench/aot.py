@@ -1,0 +1,260 @@
+"""Compile the Triton kernels ahead of time, without a GPU, and say what each one takes.
+
+    python bench/aot.py --json [--kernel gram_pursuit] [--target cuda:90] [--config n=16384]
+
+One JSON line for each kernel, configuration and target:
+    regs          registers a thread (AMD: VGPRs)
+    spill_bytes   local memory a thread, 0 where nothing is spilt
+    shared_bytes  shared memory a program
+    fits          whether the target has that much shared memory and as many registers
+    wide_loads    whether global memory is read in 128-bit loads
+    tensor_core   wgmma, mma, tcgen05, mfma or null
+    loads         how many of each load instruction there are
+What runs on a GPU is compiled from run-time arguments: pointers and integers are declared
+multiples of 16 here, as they are for padded tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # a kernel made for the interpreter cannot be compiled
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mpsae.kernels import gram_build, gram_pursuit
+
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, "gfx942": 65536}
+REGISTERS_PER_BLOCK = 65536
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TENSOR_CORE = {
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05": r"\btcgen05\.mma",
+    "mma": r"\bmma\.sync",
+    "mfma": r"\bv_mfma",
+}
+
+
+@dataclass
+class Case:
+    """One kernel in one configuration."""
+
+    kernel: str
+    function: Any
+    config: dict[str, Any]
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, int] = field(default_factory=dict)
+
+
+def pointers(function: Any, types: dict[str, str], absent: tuple[str, ...] = ()) -> dict[str, str]:
+    """Types by argument: named ones, then by ending; constexprs are left to the caller."""
+    signature = {}
+    for name in function.arg_names:
+        if name in absent or name.isupper():
+            signature[name] = "constexpr"
+        elif name in types:
+            signature[name] = types[name]
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32"
+        elif name in ("n", "n_padded", "d", "k", "B") or name.startswith("stride_"):
+            signature[name] = "i32"
+        else:
+            signature[name] = "fp32"
+    return signature
+
+
+PURSUIT_TYPES = {
+    "indices_ptr": "*i64", "steps_ptr": "*i64", "rescored_ptr": "*i32",
+    "k_rows_ptr": "*i64", "slices_ptr": "*i64",
+}  # fmt: skip
+PURSUIT_SWITCHES = {
+    "TIED": True, "CERTIFIED": True, "SELECT": "relu", "ALLOW_REPEATS": True,
+    "STOP_ON_REPEAT": False, "STOP_ON_NORM": False,
+}  # fmt: skip
+VARIANTS = (
+    {},
+    {"CERTIFIED": False},
+    {"STOP_ON_REPEAT": True, "STOP_ON_NORM": True},
+    {"SELECT": "abs", "ALLOW_REPEATS": False},
+)
+
+
+def gram_pursuit_cases() -> Iterator[Case]:
+    """Register-resident pursuit over sizes, entry types and options."""
+    function = gram_pursuit._gram_pursuit_kernel
+    shapes = [(1024, 64), (4096, 768), (8192, 768), (16384, 768), (16384, 2304), (32768, 2304)]
+    for (n, d), entries in itertools.product(shapes, ("i16", "fp32")):
+        for variant in VARIANTS if entries == "i16" else VARIANTS[:1]:
+            layout = gram_pursuit.row_layout(n, d, 64, 2 if entries == "i16" else 4)
+            if layout is None:
+                continue
+            warps = layout.pop("num_warps")
+            absent = ("bias_ptr", "k_rows_ptr", "slices_ptr")
+            types = {
+                **PURSUIT_TYPES, "entries_ptr": "*" + entries, "x_ptr": "*bf16",
+                "dictionary_ptr": "*bf16", "encoder_ptr": "*bf16",
+            }  # fmt: skip
+            constexprs = {
+                **PURSUIT_SWITCHES, **variant, **layout, **dict.fromkeys(absent)
+            }  # fmt: skip
+            config = {"n": n, "d": d, "k": 64, "entries": entries, **variant}
+            yield Case(
+                "gram_pursuit", function, config, pointers(function, types, absent), constexprs,
+                {"num_warps": warps},
+            )  # fmt: skip
+
+
+def gram_build_cases() -> Iterator[Case]:
+    """Both passes of the build, by input type and precision."""
+    tile = dict(gram_build.TILE)
+    warps = tile.pop("num_warps")
+    for dtype, precision in (
+        ("fp32", "tf32x3"), ("fp32", "ieee"), ("fp32", "bf16x3"), ("bf16", "ieee")
+    ):  # fmt: skip
+        block_d = 32 if dtype == "fp32" else 64
+        types = {"dictionary_ptr": "*" + dtype, "encoder_ptr": "*" + dtype, "entries_ptr": "*i16"}
+        function = gram_build._gram_build_kernel
+        constexprs = {
+            "TIED": True, "QUANTISED": True, "PRECISION": precision, "BLOCK_D": block_d, **tile
+        }  # fmt: skip
+        config = {"dtype": dtype, "precision": precision}
+        yield Case(
+            "gram_build", function, config, pointers(function, types), constexprs,
+            {"num_warps": warps},
+        )  # fmt: skip
+        if precision in ("tf32x3", "ieee") and not (dtype == "fp32" and precision == "ieee"):
+            function = gram_build._gram_row_max_kernel
+            constexprs = {"TIED": True, "HALVE": dtype == "fp32", "BLOCK_D": block_d, **tile}
+            yield Case(
+                "gram_row_max", function, {"dtype": dtype}, pointers(function, types), constexprs,
+                {"num_warps": warps},
+            )  # fmt: skip
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel in every configuration."""
+    yield from gram_pursuit_cases()
+    yield from gram_build_cases()
+
+
+def parse_target(name: str) -> GPUTarget:
+    """``cuda:90`` or ``hip:gfx942``."""
+    backend, arch = name.split(":")
+    return GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
+
+
+def compile_case(case: Case, target: GPUTarget) -> Any:
+    """Triton's compiled kernel."""
+    names = case.function.arg_names
+    aligned = [
+        i for i, name in enumerate(names) if case.signature[name][0] in "*i"
+    ]  # fmt: skip
+    source = ASTSource(
+        fn=case.function,
+        signature=case.signature,
+        constexprs={(names.index(name),): value for name, value in case.constexprs.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    return triton.compile(source, target=target, options=dict(case.options))
+
+
+def disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
+    """Resource usage and SASS of a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "--dump-resource-usage", path], capture_output=True, text=True
+        ).stdout
+        sass = subprocess.run([TOOLS / "nvdisasm", "-c", path], capture_output=True, text=True)
+    return {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}, sass.stdout
+
+
+def count(pattern: str, text: str) -> dict[str, int]:
+    """How often each match of a pattern occurs."""
+    return dict(sorted(collections.Counter(re.findall(pattern, text)).items()))
+
+
+def measure(case: Case, target_name: str) -> dict[str, Any]:
+    """One line of the table."""
+    target = parse_target(target_name)
+    line: dict[str, Any] = {"kernel": case.kernel, "config": case.config, "target": target_name}
+    kernel = compile_case(case, target)
+    if target.backend == "cuda":
+        usage, code = disassemble(kernel.asm["cubin"])
+        regs, spill = usage["REG"], usage["STACK"]
+        loads = count(r"\b(?:LDG|LDGSTS|UTMALDG)(?:\.[A-Z0-9]+)*(?=\s)", code)
+        wide = any("128" in name or "UTMALDG" in name for name in loads)
+        fits = regs * 32 * kernel.metadata.num_warps <= REGISTERS_PER_BLOCK
+        code = kernel.asm["ptx"]
+    else:
+        code = kernel.asm["amdgcn"]
+        number = {
+            name: int(value)
+            for name, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", code)
+        }
+        regs, spill = number["vgpr_count"], number["private_segment_fixed_size"]
+        loads = count(r"\b(?:global|buffer)_load[a-z0-9_]*", code)
+        wide = any("x4" in name for name in loads)
+        fits = True
+    tensor_core = next((name for name, p in TENSOR_CORE.items() if re.search(p, code)), None)
+    shared = kernel.metadata.shared
+    return {
+        **line, "num_warps": kernel.metadata.num_warps, "regs": regs, "spill_bytes": spill,
+        "shared_bytes": shared, "fits": fits and shared <= SHARED_LIMIT[target.arch],
+        "wide_loads": wide, "tensor_core": tensor_core, "loads": loads,
+        "triton": triton.__version__,
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; 1 where something did not compile."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="JSON lines instead of columns")
+    parser.add_argument("--kernel", help="this kernel only")
+    parser.add_argument("--target", nargs="+", default=TARGETS, choices=TARGETS)
+    parser.add_argument("--config", nargs="*", default=[], help="key=value that must be there")
+    options = parser.parse_args(argv)
+    failed = 0
+    for case in cases():
+        config = {key: str(value) for key, value in case.config.items()}
+        wanted = dict(pair.split("=", 1) for pair in options.config)
+        if options.kernel not in (None, case.kernel):
+            continue
+        if any(config.get(key) != value for key, value in wanted.items()):
+            continue
+        for target in options.target:
+            try:
+                line = measure(case, target)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"[:300]
+                line = {"kernel": case.kernel, "config": case.config, "target": target,
+                        "error": reason, "triton": triton.__version__}  # fmt: skip
+                failed = 1
+            if options.json:
+                print(json.dumps(line), flush=True)
+            else:
+                shown = {key: value for key, value in line.items() if key not in ("kernel", "loads")}
+                print(line["kernel"], *(f"{k}={v}" for k, v in shown.items()), flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

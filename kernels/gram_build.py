@@ -1,0 +1,265 @@
+"""Gram matrix of a dictionary, packed to 16 bits as it is made.
+
+    G[j, i] = <dictionary_j, encoder_i> = scale_j entries[j, i] + e,  |e| <= error_j,  i != j
+    scale_j = (max_{i != j} |G[j, i]| + margin_j) / 32767
+
+The scale of a row needs its maximum first. Cauchy-Schwarz, ||dictionary_j|| max ||encoder||,
+costs no product but one to two bits, and the steps that have to be scored again grow with it. So
+the maximum is taken by a first pass that multiplies in 16 bits and writes one number a row;
+its margin covers that rounding (2^-8 of the norms for fp32 input, half a percent of the range).
+The error is then known without a look at the entries: half a unit of the scale, and rounding.
+
+Bytes: 2 n^2 written (int16), nothing of fp32 and size n^2. FLOP: 2 d n^2 for each of the two
+passes, half of that where encoder and dictionary are one (both triangles from one tile).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mpsae.kernels.pursuit_common import (
+    DTYPES,
+    UNIT_ROUNDOFF,
+    _atom_row,
+    dense_rows,
+    sum_error,
+)
+
+TILE = {"BLOCK_J": 128, "BLOCK_I": 128, "num_warps": 8}
+BLOCK_D = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
+PRECISIONS = ("ieee", "tf32x3", "bf16x3")
+
+
+class PackedGram(NamedTuple):
+    """A Gram matrix as the pursuit kernels read it, see :func:`build_gram`."""
+
+    entries: Tensor
+    scale: Tensor
+    diagonal: Tensor
+    error: Tensor
+    encoder_norm: Tensor
+
+
+@triton.jit
+def _atom_norms_kernel(
+    diagonal_ptr,         # [n] fp32
+    dictionary_norm_ptr,  # [n] fp32
+    encoder_norm_ptr,     # [n] fp32
+    dictionary_ptr,       # [n, d]
+    encoder_ptr,          # [n, d]
+    d, stride_dictionary, stride_encoder,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    j = tl.program_id(0)
+    offs_d = tl.arange(0, BLOCK_D)
+    atom = _atom_row(dictionary_ptr, j, stride_dictionary, offs_d, d)
+    code = _atom_row(encoder_ptr, j, stride_encoder, offs_d, d)
+    tl.store(diagonal_ptr + j, tl.sum(atom * code, axis=0))
+    tl.store(dictionary_norm_ptr + j, tl.sqrt(tl.sum(atom * atom, axis=0)))
+    tl.store(encoder_norm_ptr + j, tl.sqrt(tl.sum(code * code, axis=0)))
+
+
+@triton.jit
+def _gram_tile(
+    dictionary_ptr, encoder_ptr, offs_j, offs_i, n, d, stride_dictionary, stride_encoder,
+    BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, HALVE: tl.constexpr,
+):  # fmt: skip
+    """dictionary[offs_j] . encoder[offs_i]^T, fp32 ``[BLOCK_J, BLOCK_I]``."""
+    dictionary_rows = dictionary_ptr + offs_j.to(tl.int64)[:, None] * stride_dictionary
+    encoder_rows = encoder_ptr + offs_i.to(tl.int64)[:, None] * stride_encoder
+    product = tl.zeros([BLOCK_J, BLOCK_I], tl.float32)
+    for start in range(0, d, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask_d = (offs_d < d)[None, :]
+        atoms = tl.load(
+            dictionary_rows + offs_d[None, :], mask=(offs_j < n)[:, None] & mask_d, other=0.0
+        )  # [BLOCK_J, BLOCK_D]
+        codes = tl.load(
+            encoder_rows + offs_d[None, :], mask=(offs_i < n)[:, None] & mask_d, other=0.0
+        )  # [BLOCK_I, BLOCK_D]
+        if HALVE:
+            atoms = atoms.to(tl.bfloat16)
+            codes = codes.to(tl.bfloat16)
+        product = tl.dot(atoms, tl.trans(codes), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def _gram_row_max_kernel(
+    row_max_ptr,     # [n] fp32, zero before
+    dictionary_ptr,  # [n, d]
+    encoder_ptr,     # [n, d]
+    n, d, stride_dictionary, stride_encoder,
+    TIED: tl.constexpr, HALVE: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    tile_i = tl.program_id(0)
+    tile_j = tl.program_id(1)
+    if TIED and tile_i < tile_j:
+        return
+    offs_j = tile_j * BLOCK_J + tl.arange(0, BLOCK_J)
+    offs_i = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
+    product = _gram_tile(
+        dictionary_ptr, encoder_ptr, offs_j, offs_i, n, d, stride_dictionary, stride_encoder,
+        BLOCK_J, BLOCK_I, BLOCK_D, "ieee", HALVE,
+    )  # fmt: skip
+    size = tl.where(offs_j[:, None] == offs_i[None, :], 0.0, tl.abs(product))
+    # the order of positive floats is that of their bits
+    row_max = tl.max(size, axis=1).to(tl.int32, bitcast=True)
+    tl.atomic_max(row_max_ptr.to(tl.pointer_type(tl.int32)) + offs_j, row_max, mask=offs_j < n)
+    if TIED:
+        column_max = tl.max(size, axis=0).to(tl.int32, bitcast=True)
+        tl.atomic_max(
+            row_max_ptr.to(tl.pointer_type(tl.int32)) + offs_i, column_max, mask=offs_i < n
+        )
+
+
+@triton.jit
+def _packed(product, scale_ptr, offs_j, n, QUANTISED: tl.constexpr):
+    """Entries of rows offs_j: int16 in units of the row's scale, or the product as it is."""
+    if QUANTISED:
+        scale = tl.load(scale_ptr + offs_j, mask=offs_j < n, other=0.0)
+        units = product * tl.where(scale > 0.0, 1.0 / scale, 0.0)[:, None]
+        units = tl.floor(units + 0.5)
+        entries = tl.minimum(tl.maximum(units, -32767.0), 32767.0).to(tl.int16)
+    else:
+        entries = product
+    return entries
+
+
+@triton.jit
+def _gram_build_kernel(
+    entries_ptr,     # [n, n_padded] int16 or fp32
+    scale_ptr,       # [n] fp32
+    dictionary_ptr,  # [n, d]
+    encoder_ptr,     # [n, d]
+    n, n_padded, d, stride_dictionary, stride_encoder,
+    TIED: tl.constexpr, QUANTISED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    tile_i = tl.program_id(0)
+    tile_j = tl.program_id(1)
+    if TIED and tile_i < tile_j:
+        return
+    offs_j = tile_j * BLOCK_J + tl.arange(0, BLOCK_J)
+    offs_i = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
+    product = _gram_tile(
+        dictionary_ptr, encoder_ptr, offs_j, offs_i, n, d, stride_dictionary, stride_encoder,
+        BLOCK_J, BLOCK_I, BLOCK_D, PRECISION, False,
+    )  # fmt: skip
+    product = tl.where(offs_j[:, None] == offs_i[None, :], 0.0, product)
+    # int64: j * n_padded wraps at n > 46340; columns n to n_padded come out as zero
+    tl.store(
+        entries_ptr + offs_j.to(tl.int64)[:, None] * n_padded + offs_i[None, :],
+        _packed(product, scale_ptr, offs_j, n, QUANTISED),
+        mask=(offs_j < n)[:, None] & (offs_i < n_padded)[None, :],
+    )
+    if TIED and tile_i > tile_j:
+        tl.store(
+            entries_ptr + offs_i.to(tl.int64)[:, None] * n_padded + offs_j[None, :],
+            _packed(tl.trans(product), scale_ptr, offs_i, n, QUANTISED),
+            mask=(offs_i < n)[:, None] & (offs_j < n)[None, :],
+        )
+
+
+def padded(n: int) -> int:
+    """Entries in a row of the packed matrix: 128 bytes at least, so that rows stay aligned."""
+    return triton.cdiv(n, 64) * 64
+
+
+def gram_precision(dictionary: Tensor) -> str:
+    """How fp32 products are made: three TF32 products on CUDA (as exact as fp32), else IEEE."""
+    if dictionary.is_cuda and torch.version.hip is None:
+        return "tf32x3"
+    return "ieee"
+
+
+def build_gram(
+    dictionary: Tensor,
+    encoder: Tensor | None = None,
+    *,
+    quantised: bool = True,
+    precision: str | None = None,
+) -> PackedGram:
+    r"""Build G[j, i] = <dictionary_j, encoder_i>, packed in 16 bits or left in fp32.
+
+    Args:
+        dictionary: ``[n, d]``, fp32, bf16 or fp16.
+        encoder: ``[n, d]``, same dtype; None where it is the dictionary.
+        quantised: int16 entries in units of a scale per row, else fp32 entries and scale 1.
+        precision: of fp32 products: ``ieee`` (no tensor cores), ``tf32x3`` (rounding as fp32) or
+            ``bf16x3`` (error 2^-15 of the norms, more than int16 costs); None chooses.
+            16-bit input is always multiplied exactly.
+
+    Returns:
+        PackedGram: ``entries [n, n_padded]`` int16 or fp32, zero on the diagonal and in the
+        padding; ``scale [n]`` fp32; ``diagonal [n]`` fp32, <dictionary_j, encoder_j>;
+        ``error [n]`` fp32, bound on |G[j, i] - scale_j entries[j, i]| for i != j with the
+        rounding of one update by it; ``encoder_norm [1]`` fp32, the largest ||encoder_i||.
+
+    Raises:
+        ValueError: shapes or dtypes disagree, unknown precision.
+
+    Notes:
+        4 d n^2 FLOP (half where tied), 2 n n_padded bytes written. Bit-reproducible; no host
+        synchronisation.
+    """
+    if dictionary.ndim != 2 or dictionary.dtype not in DTYPES or not dictionary.numel():
+        raise ValueError(
+            "dictionary must be [n, d] of float32, bfloat16 or float16, not "
+            f"{list(dictionary.shape)} {dictionary.dtype}"
+        )
+    if encoder is not None and (
+        encoder.shape != dictionary.shape or encoder.dtype != dictionary.dtype
+    ):
+        raise ValueError(
+            f"encoder is {list(encoder.shape)} {encoder.dtype} but dictionary is "
+            f"{list(dictionary.shape)} {dictionary.dtype}"
+        )
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, not {precision!r}")
+    n, d = dictionary.shape
+    tied = encoder is None
+    dictionary = dense_rows(dictionary)
+    encoder = dictionary if encoder is None else dense_rows(encoder)
+    single = dictionary.dtype == torch.float32
+    precision = precision or (gram_precision(dictionary) if single else "ieee")
+
+    diagonal, dictionary_norm, encoder_norm = dictionary.new_empty(3, n, dtype=torch.float32)
+    strides = dictionary.stride(0), encoder.stride(0)
+    _atom_norms_kernel[(n,)](
+        diagonal, dictionary_norm, encoder_norm, dictionary, encoder, d, *strides,
+        BLOCK_D=max(triton.next_power_of_2(d), 16),
+    )  # fmt: skip
+    largest = encoder_norm.max().reshape(1)
+    norms = dictionary_norm * largest
+    rounding = (sum_error(d) + (d / 8 + 8) * UNIT_ROUNDOFF) * norms
+    if single and precision != "ieee":
+        rounding += (2.0**-15 if precision == "bf16x3" else 2.0**-21) * norms
+
+    blocks = {**TILE, "BLOCK_D": BLOCK_D[dictionary.dtype]}
+    tiles = (triton.cdiv(n, TILE["BLOCK_I"]), triton.cdiv(n, TILE["BLOCK_J"]))
+    scale = torch.ones_like(diagonal)
+    error = rounding
+    if quantised:
+        scale.zero_()
+        _gram_row_max_kernel[tiles](
+            scale, dictionary, encoder, n, d, *strides, TIED=tied, HALVE=single, **blocks
+        )
+        # bf16 keeps 8 bits: 2^-9 off each operand
+        scale += rounding + (1.01 * 2.0**-8 * norms if single else 0.0)
+        scale /= 32767
+        error = rounding + 0.51 * scale  # 0.01: the rounding of product / scale
+    n_padded = padded(n)
+    entries = dictionary.new_empty(n, n_padded, dtype=torch.int16 if quantised else torch.float32)
+    _gram_build_kernel[tiles](
+        entries, scale, dictionary, encoder, n, n_padded, d, *strides,
+        TIED=tied, QUANTISED=quantised, PRECISION=precision, **blocks,
+    )  # fmt: skip
+    return PackedGram(entries, scale, diagonal, error, largest)

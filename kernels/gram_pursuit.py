@@ -1,0 +1,330 @@
+"""Matching pursuit in the correlation domain, the row of correlations held in registers.
+
+    c_0     = x . encoder^T + bias                          one product for all rows
+    j       = argmax over allowed atoms of score(c)         ties to the lowest index
+    a       = value(<r, encoder_j> + bias_j)                from the residual, exact in fp32
+    r      <- r - a dictionary_j
+    c_i    <- c_i - a G[j, i],  G[j, i] = scale_j entries[j, i],  c_j from diagonal_j
+
+One program per row takes all its steps and stops by itself. Certified selection carries a bound
+E on |c_i - <r, encoder_i> - bias_i|: atoms within 2 E of the best are scored again from r, so
+the choice is that of exact correlations, ties of less than fp32 rounding apart.
+
+    E_0     = product_error ||x|| max_i ||encoder_i||
+    E      <- E + |a| error_j + 2 u ||r|| max_i ||encoder_i||
+
+When such scoring has cost as many dot products as an eighth of the atoms and E could be four
+times smaller, the whole row is correlated afresh: a row that has converged to rounding would
+otherwise score every atom in every step.
+
+Bytes per row and step: 2 n (int16) or 4 n (fp32) of one Gram row, d of one or two atoms.
+Registers: see ``row_layout``. Reference: mpsae.reference.pursue.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mpsae.kernels.pursuit_common import (
+    UNIT_ROUNDOFF,
+    _allowed_score,
+    _atom_row,
+    _correlate_all,
+    _correlate_atom,
+    _lowest_candidate,
+    _score,
+    check_gram,
+    check_problem,
+    dense_rows,
+    initial_correlation,
+    product_error,
+    sum_error,
+)
+
+
+@triton.jit
+def _gram_pursuit_kernel(
+    indices_ptr,      # [B, k] int64
+    values_ptr,       # [B, k] fp32
+    residual_ptr,     # [B, d] fp32
+    steps_ptr,        # [B] int64
+    rescored_ptr,     # [B] int32
+    x_ptr,            # [B, d]
+    dictionary_ptr,   # [n, d]
+    encoder_ptr,      # [n, d]
+    bias_ptr,         # [n] or None
+    correlation_ptr,  # [B, n] fp32, overwritten where a row is correlated afresh
+    entries_ptr,      # [n, n_padded] int16 or fp32
+    scale_ptr,        # [n] fp32
+    diagonal_ptr,     # [n] fp32
+    error_ptr,        # [n] fp32
+    norm_ptr,         # [1] fp32, largest norm of an encoder row
+    k_rows_ptr,       # [B] or None
+    slices_ptr,       # [k, 2] or None
+    n, n_padded, d, k,
+    stride_x, stride_dictionary, stride_encoder, stride_correlation,
+    residual_threshold, correlation_threshold, start_error, dot_error, roundoff,
+    TIED: tl.constexpr,
+    CERTIFIED: tl.constexpr,
+    SELECT: tl.constexpr,
+    ALLOW_REPEATS: tl.constexpr,
+    STOP_ON_REPEAT: tl.constexpr,
+    STOP_ON_NORM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    BLOCK_N: tl.constexpr = BLOCK_R * BLOCK_W
+    SLICED: tl.constexpr = slices_ptr is not None
+    row = tl.program_id(0).to(tl.int64)
+    offs_r = tl.arange(0, BLOCK_R)
+    offs_w = tl.arange(0, BLOCK_W)
+    offs_n = offs_r[:, None] * BLOCK_W + offs_w[None, :]  # [BLOCK_R, BLOCK_W]
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_k = tl.arange(0, BLOCK_K)
+    correlation_row_ptr = correlation_ptr + row * stride_correlation
+
+    limit = k
+    if k_rows_ptr is not None:
+        limit = tl.minimum(tl.load(k_rows_ptr + row), k).to(tl.int32)
+    r = _atom_row(x_ptr, row, stride_x, offs_d, d)
+    c = tl.load(correlation_row_ptr + offs_n, mask=offs_n < n, other=float("-inf"))
+    atom_norm = 0.0
+    bound = 0.0
+    if CERTIFIED:
+        atom_norm = tl.load(norm_ptr)
+        norm = tl.sqrt(tl.sum(r * r, axis=0))
+        bound = start_error * norm * atom_norm
+    chosen = tl.full([BLOCK_K], -1, tl.int32)
+    taken = tl.zeros([BLOCK_K], tl.float32)
+    first, last = 0, 0
+    spent = 0
+    rescored = 0
+    t = 0
+    going = limit > 0
+    while going:
+        if SLICED:
+            first = tl.load(slices_ptr + 2 * t).to(tl.int32)
+            last = tl.load(slices_ptr + 2 * t + 1).to(tl.int32)
+        score = _allowed_score(c, offs_n, first, last, SELECT, SLICED)
+        top = tl.max(tl.max(score, axis=0), axis=0)
+        lowest = _lowest_candidate(top, bound, correlation_threshold)
+        # a lone candidate sums to its place in [BLOCK_N, 2 BLOCK_N), several to more
+        place = tl.sum(tl.where(score >= lowest, BLOCK_N + offs_r[:, None] * BLOCK_W, 0), axis=0)
+        place = tl.sum(tl.where(place > 0, place + offs_w, 0), axis=0)
+        j = place - BLOCK_N
+        if place >= 2 * BLOCK_N:
+            if CERTIFIED and bound > 0.0:
+                spent += tl.sum(tl.sum((score >= lowest).to(tl.int32), axis=0), axis=0)
+                fresh = dot_error * tl.sqrt(tl.sum(r * r, axis=0)) * atom_norm
+                if (8 * spent > n) & (bound > 4.0 * fresh):
+                    _correlate_all(
+                        correlation_row_ptr, r, encoder_ptr, bias_ptr, n, d, stride_encoder,
+                        offs_d, TILE_N=4,
+                    )  # fmt: skip
+                    tl.debug_barrier()  # the row was written by other threads than read it
+                    again = tl.load(correlation_row_ptr + offs_n, mask=offs_n < n, other=0.0)
+                    c = tl.where(c > float("-inf"), again, float("-inf"))
+                    spent = 0
+                    bound = fresh
+                    score = _allowed_score(c, offs_n, first, last, SELECT, SLICED)
+                    top = tl.max(tl.max(score, axis=0), axis=0)
+                    lowest = _lowest_candidate(top, bound, correlation_threshold)
+                rescored += 1
+                best = float("-inf")
+                next_j = -1
+                while next_j < BLOCK_N:
+                    score = _allowed_score(c, offs_n, first, last, SELECT, SLICED)
+                    ahead = tl.where((score >= lowest) & (offs_n > next_j), offs_n, BLOCK_N)
+                    next_j = tl.min(tl.min(ahead, axis=0), axis=0)
+                    if next_j < BLOCK_N:
+                        atom = _atom_row(encoder_ptr, next_j, stride_encoder, offs_d, d)
+                        exact = _correlate_atom(r, atom, bias_ptr, next_j)
+                        c = tl.where(offs_n == next_j, exact, c)
+                        if _score(exact, SELECT) > best:
+                            best = _score(exact, SELECT)
+                            j = next_j
+            else:
+                first_of = tl.where(score >= lowest, offs_n, BLOCK_N)
+                j = tl.min(tl.min(first_of, axis=0), axis=0)
+        going = place > 0
+        j = tl.minimum(tl.maximum(j, 0), n - 1)
+
+        # in flight while the coefficient is computed; not wanted after the last step
+        gram_row = tl.load(
+            entries_ptr + j.to(tl.int64) * n_padded + offs_n,
+            mask=(offs_n < n_padded) & (going & (t + 1 < limit)),
+            other=0,
+        )
+        atom = _atom_row(encoder_ptr, j, stride_encoder, offs_d, d)
+        exact = _correlate_atom(r, atom, bias_ptr, j)
+        going = going & (_score(exact, SELECT) > correlation_threshold)
+        if going:
+            a = exact
+            if SELECT == "relu":
+                a = tl.maximum(exact, 0.0)
+            if not TIED:
+                atom = _atom_row(dictionary_ptr, j, stride_dictionary, offs_d, d)
+            r -= a * atom
+            shift = a * tl.load(scale_ptr + j)
+            own = exact - a * tl.load(diagonal_ptr + j)
+            if not ALLOW_REPEATS:
+                own = float("-inf")
+            c = tl.where(offs_n == j, own, c - shift * gram_row.to(tl.float32))
+            if STOP_ON_REPEAT:
+                going = tl.max(tl.where(chosen == j, 1, 0), axis=0) == 0
+            chosen = tl.where(offs_k == t, j, chosen)
+            taken = tl.where(offs_k == t, a, taken)
+            t += 1
+            if CERTIFIED or STOP_ON_NORM:
+                norm = tl.sqrt(tl.sum(r * r, axis=0))
+            if STOP_ON_NORM:
+                going = going & (norm >= residual_threshold)
+            if CERTIFIED:
+                bound += tl.abs(a) * tl.load(error_ptr + j) + 2.0 * roundoff * norm * atom_norm
+                bound = tl.maximum(bound, dot_error * norm * atom_norm)
+            going = going & (t < limit)
+
+    tl.store(residual_ptr + row * d + offs_d, r, mask=offs_d < d)
+    tl.store(indices_ptr + row * k + offs_k, tl.maximum(chosen, 0).to(tl.int64), mask=offs_k < k)
+    tl.store(values_ptr + row * k + offs_k, taken, mask=offs_k < k)
+    tl.store(steps_ptr + row, t.to(tl.int64))
+    tl.store(rescored_ptr + row, rescored)
+
+
+MAX_REGISTER_N = 32768
+
+
+def row_layout(n: int, d: int, k: int, itemsize: int) -> dict[str, int] | None:
+    """Block sizes and warps for rows of ``n`` atoms held in registers, None where they do not fit.
+
+    Each thread holds BLOCK_N / (32 num_warps) correlations, at most 64, and as many bytes of one
+    Gram row; BLOCK_W is one 128-bit load by each thread, so that the running maximum over
+    BLOCK_R stays within a thread.
+    """
+    block_n = max(triton.next_power_of_2(n), 64)
+    block_d = max(triton.next_power_of_2(d), 16)
+    block_k = max(triton.next_power_of_2(k), 16)
+    if block_n > MAX_REGISTER_N or block_d > 8192 or block_k > 1024:
+        return None
+    warps = 16 if block_n >= 16384 else 8 if block_n >= 8192 or block_d >= 4096 else 4
+    block_w = min(block_n, 32 * warps * (16 // itemsize))
+    return {
+        "BLOCK_R": block_n // block_w,
+        "BLOCK_W": block_w,
+        "BLOCK_D": block_d,
+        "BLOCK_K": block_k,
+        "num_warps": warps,
+    }
+
+
+def gram_pursuit(
+    x: Tensor,
+    dictionary: Tensor,
+    encoder: Tensor | None,
+    bias: Tensor | None,
+    correlation: Tensor | None,
+    entries: Tensor,
+    scale: Tensor,
+    diagonal: Tensor,
+    error: Tensor,
+    *,
+    k: int,
+    k_rows: Tensor | None = None,
+    slices: Tensor | None = None,
+    residual_threshold: float = 0.0,
+    correlation_threshold: float = 0.0,
+    stop_on_repeat: bool = False,
+    allow_repeats: bool = True,
+    select: str = "relu",
+    certified: bool = True,
+    encoder_norm: Tensor | None = None,
+    start_error: float | None = None,
+    scratch_bytes: int = 1 << 28,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    r"""Pursue each row of ``x`` by at most ``k`` steps, correlations updated from a Gram matrix.
+
+    Args:
+        x: ``[B, d]``, fp32, bf16 or fp16.
+        dictionary: ``[n, d]``, same dtype and device.
+        encoder: ``[n, d]``, None where tied.
+        bias: ``[n]`` added to the correlations, or None.
+        correlation: ``[B, n]`` fp32, x . encoder^T + bias; overwritten where a row is correlated
+            afresh. None: made here, for as many rows at a time as ``scratch_bytes`` hold.
+        entries, scale, diagonal, error: as :func:`mpsae.kernels.gram_build.build_gram` packs them.
+        k: steps at most.
+        k_rows: ``[B]`` integer, steps allowed to each row.
+        slices: ``[k, 2]`` integer, atoms allowed in each step, first to last + 1.
+        residual_threshold: a row stops after a step that leaves ||r|| below it; 0 for never.
+        correlation_threshold: what the best score has to exceed for a row to go on.
+        stop_on_repeat: a row stops after taking an atom again.
+        allow_repeats: whether an atom may be taken again.
+        select: ``relu``, ``max`` or ``abs``, see mpsae.reference.
+        certified: choose as exact correlations would.
+        encoder_norm: ``[1]`` fp32, largest norm of an encoder row; computed where absent.
+        start_error: bound on the error of ``correlation`` relative to ||x|| ||encoder_i||;
+            None: of an fp32 product at torch's present settings.
+        scratch_bytes: room for the correlations made here.
+
+    Returns:
+        indices ``[B, k]`` int64, values ``[B, k]`` fp32, residual ``[B, d]`` fp32, steps ``[B]``
+        int64, rescored ``[B]`` int32 (steps in which several atoms were scored again). Places
+        from ``steps`` on hold index 0 and value 0. Not differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or a row does not fit in registers.
+
+    Notes:
+        No host synchronisation. Bit-reproducible.
+    """
+    check_problem(x, dictionary, encoder, bias, k, k_rows, slices, select)
+    B, (n, d) = x.shape[0], dictionary.shape
+    check_gram(n, entries, scale, diagonal, error, x.device)
+    layout = row_layout(n, d, k, entries.element_size())
+    if layout is None:
+        raise ValueError(f"rows of n={n}, d={d}, k={k} do not fit in registers")
+    if correlation is not None and (
+        list(correlation.shape) != [B, n]
+        or correlation.dtype != torch.float32
+        or correlation.stride(-1) != 1
+    ):
+        raise ValueError(
+            f"correlation must be fp32 [{B}, {n}] with contiguous rows, not {correlation.dtype} "
+            f"{list(correlation.shape)}"
+        )
+    tied = encoder is None
+    x, dictionary = dense_rows(x), dense_rows(dictionary)
+    encoder = dictionary if encoder is None else dense_rows(encoder)
+    indices = x.new_empty(B, k, dtype=torch.int64)
+    values = x.new_empty(B, k, dtype=torch.float32)
+    residual = x.new_empty(B, d, dtype=torch.float32)
+    steps = x.new_empty(B, dtype=torch.int64)
+    rescored = x.new_empty(B, dtype=torch.int32)
+    if B == 0:
+        return indices, values, residual, steps, rescored
+    if encoder_norm is None:
+        encoder_norm = encoder.float().norm(dim=1).max().reshape(1)
+    rows = B if correlation is not None else max(1, min(B, scratch_bytes // (4 * n)))
+    buffer = x.new_empty(rows, n, dtype=torch.float32) if correlation is None else correlation
+    for begin in range(0, B, rows):
+        part = slice(begin, min(begin + rows, B))
+        count = part.stop - begin
+        if correlation is None:
+            initial_correlation(x[part], encoder, bias, out=buffer[:count])
+        _gram_pursuit_kernel[(count,)](
+            indices[part], values[part], residual[part], steps[part], rescored[part],
+            x[part], dictionary, encoder, bias, buffer, entries, scale, diagonal, error,
+            encoder_norm, None if k_rows is None else k_rows[part], slices,
+            n, entries.shape[1], d, k,
+            x.stride(0), dictionary.stride(0), encoder.stride(0), buffer.stride(0),
+            residual_threshold, correlation_threshold,
+            product_error(x) if start_error is None else start_error, sum_error(d), UNIT_ROUNDOFF,
+            TIED=tied, CERTIFIED=certified, SELECT=select, ALLOW_REPEATS=allow_repeats,
+            STOP_ON_REPEAT=stop_on_repeat, STOP_ON_NORM=residual_threshold > 0,
+            **layout,
+        )  # fmt: skip
+    return indices, values, residual, steps, rescored
