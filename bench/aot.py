@@ -91,7 +91,8 @@ PURSUIT_SWITCHES = {
 VARIANTS = (
     {},
     {"CERTIFIED": False},
-    {"STOP_ON_REPEAT": True, "STOP_ON_NORM": True},
+    {"STOP_ON_NORM": True},
+    {"STOP_ON_REPEAT": True},
     {"SELECT": "abs", "ALLOW_REPEATS": False},
 )
 

@@ -34,8 +34,10 @@ from mpsae.kernels.pursuit_common import (
     _atom_row,
     _correlate_all,
     _correlate_atom,
+    _is_new,
     _lowest_candidate,
     _score,
+    _value,
     check_gram,
     check_problem,
     dense_rows,
@@ -43,6 +45,14 @@ from mpsae.kernels.pursuit_common import (
     product_error,
     sum_error,
 )
+
+
+@triton.jit
+def _first_candidate(score, lowest, after, block_r, offs_w, BLOCK_N: tl.constexpr):
+    """First atom beyond ``after`` whose score is ``lowest`` or more, BLOCK_N where none is."""
+    ahead = (score >= lowest) & (block_r > (after - offs_w)[None, :])
+    block = tl.min(tl.where(ahead, block_r, BLOCK_N), axis=0)  # [BLOCK_W]
+    return tl.min(tl.where(block < BLOCK_N, block + offs_w, BLOCK_N), axis=0)
 
 
 @triton.jit
@@ -73,6 +83,7 @@ def _gram_pursuit_kernel(
     ALLOW_REPEATS: tl.constexpr,
     STOP_ON_REPEAT: tl.constexpr,
     STOP_ON_NORM: tl.constexpr,
+    PREFETCH: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -81,9 +92,11 @@ def _gram_pursuit_kernel(
     BLOCK_N: tl.constexpr = BLOCK_R * BLOCK_W
     SLICED: tl.constexpr = slices_ptr is not None
     row = tl.program_id(0).to(tl.int64)
-    offs_r = tl.arange(0, BLOCK_R)
+    # an atom is its place in a block of BLOCK_W and the block's first atom: the latter is a
+    # constant of the code, so that comparing places costs no register for each atom
     offs_w = tl.arange(0, BLOCK_W)
-    offs_n = offs_r[:, None] * BLOCK_W + offs_w[None, :]  # [BLOCK_R, BLOCK_W]
+    block_r = (tl.arange(0, BLOCK_R) * BLOCK_W)[:, None]  # [BLOCK_R, 1]
+    offs_n = block_r + offs_w[None, :]  # [BLOCK_R, BLOCK_W]
     offs_d = tl.arange(0, BLOCK_D)
     offs_k = tl.arange(0, BLOCK_K)
     correlation_row_ptr = correlation_ptr + row * stride_correlation
@@ -92,15 +105,16 @@ def _gram_pursuit_kernel(
     if k_rows_ptr is not None:
         limit = tl.minimum(tl.load(k_rows_ptr + row), k).to(tl.int32)
     r = _atom_row(x_ptr, row, stride_x, offs_d, d)
-    c = tl.load(correlation_row_ptr + offs_n, mask=offs_n < n, other=float("-inf"))
+    # below every score, whatever is added to it: |-inf| would be the largest, while NaN is left
+    # out of a maximum and fails comparisons
+    absent: tl.constexpr = float("nan") if SELECT == "abs" else float("-inf")
+    c = tl.load(correlation_row_ptr + offs_n, mask=offs_n < n, other=absent)
     atom_norm = 0.0
     bound = 0.0
     if CERTIFIED:
         atom_norm = tl.load(norm_ptr)
         norm = tl.sqrt(tl.sum(r * r, axis=0))
         bound = start_error * norm * atom_norm
-    chosen = tl.full([BLOCK_K], -1, tl.int32)
-    taken = tl.zeros([BLOCK_K], tl.float32)
     first, last = 0, 0
     spent = 0
     rescored = 0
@@ -114,11 +128,13 @@ def _gram_pursuit_kernel(
         top = tl.max(tl.max(score, axis=0), axis=0)
         lowest = _lowest_candidate(top, bound, correlation_threshold)
         # a lone candidate sums to its place in [BLOCK_N, 2 BLOCK_N), several to more
-        place = tl.sum(tl.where(score >= lowest, BLOCK_N + offs_r[:, None] * BLOCK_W, 0), axis=0)
+        place = tl.sum(tl.where(score >= lowest, BLOCK_N + block_r, 0), axis=0)
         place = tl.sum(tl.where(place > 0, place + offs_w, 0), axis=0)
         j = place - BLOCK_N
         if place >= 2 * BLOCK_N:
             if CERTIFIED and bound > 0.0:
+                # a shade lower: the compiler would keep all comparisons above for use here
+                lowest = _lowest_candidate(top, 1.001 * bound, correlation_threshold)
                 spent += tl.sum(tl.sum((score >= lowest).to(tl.int32), axis=0), axis=0)
                 fresh = dot_error * tl.sqrt(tl.sum(r * r, axis=0)) * atom_norm
                 if (8 * spent > n) & (bound > 4.0 * fresh):
@@ -128,70 +144,66 @@ def _gram_pursuit_kernel(
                     )  # fmt: skip
                     tl.debug_barrier()  # the row was written by other threads than read it
                     again = tl.load(correlation_row_ptr + offs_n, mask=offs_n < n, other=0.0)
-                    c = tl.where(c > float("-inf"), again, float("-inf"))
+                    c = tl.where(c > float("-inf"), again, absent)
                     spent = 0
                     bound = fresh
                     score = _allowed_score(c, offs_n, first, last, SELECT, SLICED)
                     top = tl.max(tl.max(score, axis=0), axis=0)
-                    lowest = _lowest_candidate(top, bound, correlation_threshold)
+                    lowest = _lowest_candidate(top, 1.001 * bound, correlation_threshold)
                 rescored += 1
                 best = float("-inf")
                 next_j = -1
                 while next_j < BLOCK_N:
                     score = _allowed_score(c, offs_n, first, last, SELECT, SLICED)
-                    ahead = tl.where((score >= lowest) & (offs_n > next_j), offs_n, BLOCK_N)
-                    next_j = tl.min(tl.min(ahead, axis=0), axis=0)
+                    next_j = _first_candidate(score, lowest, next_j, block_r, offs_w, BLOCK_N)
                     if next_j < BLOCK_N:
                         atom = _atom_row(encoder_ptr, next_j, stride_encoder, offs_d, d)
                         exact = _correlate_atom(r, atom, bias_ptr, next_j)
-                        c = tl.where(offs_n == next_j, exact, c)
+                        c = tl.where(block_r == (next_j - offs_w)[None, :], exact, c)
                         if _score(exact, SELECT) > best:
                             best = _score(exact, SELECT)
                             j = next_j
             else:
-                first_of = tl.where(score >= lowest, offs_n, BLOCK_N)
-                j = tl.min(tl.min(first_of, axis=0), axis=0)
+                j = _first_candidate(score, top, -1, block_r, offs_w, BLOCK_N)
         going = place > 0
         j = tl.minimum(tl.maximum(j, 0), n - 1)
 
-        # in flight while the coefficient is computed; not wanted after the last step
-        gram_row = tl.load(
-            entries_ptr + j.to(tl.int64) * n_padded + offs_n,
-            mask=(offs_n < n_padded) & (going & (t + 1 < limit)),
-            other=0,
-        )
+        gram_ptrs = entries_ptr + j.to(tl.int64) * n_padded + offs_n
+        gram_mask = (offs_n < n_padded) & (t + 1 < limit)  # not wanted after the last step
+        if PREFETCH:  # in flight while the coefficient is computed
+            gram_row = tl.load(gram_ptrs, mask=gram_mask & going, other=0)
         atom = _atom_row(encoder_ptr, j, stride_encoder, offs_d, d)
         exact = _correlate_atom(r, atom, bias_ptr, j)
         going = going & (_score(exact, SELECT) > correlation_threshold)
-        if going:
-            a = exact
-            if SELECT == "relu":
-                a = tl.maximum(exact, 0.0)
-            if not TIED:
-                atom = _atom_row(dictionary_ptr, j, stride_dictionary, offs_d, d)
-            r -= a * atom
-            shift = a * tl.load(scale_ptr + j)
-            own = exact - a * tl.load(diagonal_ptr + j)
-            if not ALLOW_REPEATS:
-                own = float("-inf")
-            c = tl.where(offs_n == j, own, c - shift * gram_row.to(tl.float32))
-            if STOP_ON_REPEAT:
-                going = tl.max(tl.where(chosen == j, 1, 0), axis=0) == 0
-            chosen = tl.where(offs_k == t, j, chosen)
-            taken = tl.where(offs_k == t, a, taken)
-            t += 1
-            if CERTIFIED or STOP_ON_NORM:
-                norm = tl.sqrt(tl.sum(r * r, axis=0))
-            if STOP_ON_NORM:
-                going = going & (norm >= residual_threshold)
-            if CERTIFIED:
-                bound += tl.abs(a) * tl.load(error_ptr + j) + 2.0 * roundoff * norm * atom_norm
-                bound = tl.maximum(bound, dot_error * norm * atom_norm)
-            going = going & (t < limit)
+        a = tl.where(going, _value(exact, SELECT), 0.0)
+        if not TIED:
+            atom = _atom_row(dictionary_ptr, j, stride_dictionary, offs_d, d)
+        r -= a * atom
+        shift = a * tl.load(scale_ptr + j)
+        own = exact - a * tl.load(diagonal_ptr + j)
+        if not ALLOW_REPEATS:
+            own = absent
+        if not PREFETCH:
+            gram_row = tl.load(gram_ptrs, mask=gram_mask & going, other=0)
+        c = tl.where(block_r == (j - offs_w)[None, :], own, c - shift * gram_row.to(tl.float32))
+        if CERTIFIED or STOP_ON_NORM:
+            norm = tl.sqrt(tl.sum(r * r, axis=0))
+        if CERTIFIED:
+            bound += tl.abs(a) * tl.load(error_ptr + j) + 2.0 * roundoff * norm * atom_norm
+            bound = tl.maximum(bound, dot_error * norm * atom_norm)
+        tl.store(indices_ptr + row * k + t, j.to(tl.int64), mask=going)
+        tl.store(values_ptr + row * k + t, a, mask=going)
+        t += going.to(tl.int32)
+        if STOP_ON_REPEAT:
+            going = going & _is_new(indices_ptr + row * k, j, t - 1, offs_k)
+        if STOP_ON_NORM:
+            going = going & (norm >= residual_threshold)
+        going = going & (t < limit)
 
     tl.store(residual_ptr + row * d + offs_d, r, mask=offs_d < d)
-    tl.store(indices_ptr + row * k + offs_k, tl.maximum(chosen, 0).to(tl.int64), mask=offs_k < k)
-    tl.store(values_ptr + row * k + offs_k, taken, mask=offs_k < k)
+    unused = (offs_k >= t) & (offs_k < k)
+    tl.store(indices_ptr + row * k + offs_k, tl.zeros([BLOCK_K], tl.int64), mask=unused)
+    tl.store(values_ptr + row * k + offs_k, tl.zeros([BLOCK_K], tl.float32), mask=unused)
     tl.store(steps_ptr + row, t.to(tl.int64))
     tl.store(rescored_ptr + row, rescored)
 
@@ -209,15 +221,17 @@ def row_layout(n: int, d: int, k: int, itemsize: int) -> dict[str, int] | None:
     block_n = max(triton.next_power_of_2(n), 64)
     block_d = max(triton.next_power_of_2(d), 16)
     block_k = max(triton.next_power_of_2(k), 16)
-    if block_n > MAX_REGISTER_N or block_d > 8192 or block_k > 1024:
+    if block_n > MAX_REGISTER_N or block_d > 8192 or block_k > 4096:
         return None
-    warps = 16 if block_n >= 16384 else 8 if block_n >= 8192 or block_d >= 4096 else 4
+    per_thread = 32 if itemsize == 2 else 16
+    warps = min(max(block_n // (32 * per_thread), 8 if block_d >= 4096 else 4), 16)
     block_w = min(block_n, 32 * warps * (16 // itemsize))
     return {
         "BLOCK_R": block_n // block_w,
         "BLOCK_W": block_w,
         "BLOCK_D": block_d,
         "BLOCK_K": block_k,
+        "PREFETCH": block_n // warps <= 1024,
         "num_warps": warps,
     }
 

@@ -21,12 +21,22 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @triton.jit
 def _score(correlation, SELECT: tl.constexpr):
-    """What the argmax is taken of; -inf marks an atom that must not be chosen."""
+    """What the argmax is taken of."""
     if SELECT == "abs":
-        score = tl.where(correlation > float("-inf"), tl.abs(correlation), float("-inf"))
+        score = tl.abs(correlation)
     else:
         score = correlation
     return score
+
+
+@triton.jit
+def _value(correlation, SELECT: tl.constexpr):
+    """Coefficient of a chosen atom."""
+    if SELECT == "relu":
+        value = tl.maximum(correlation, 0.0)
+    else:
+        value = correlation
+    return value
 
 
 @triton.jit
@@ -61,6 +71,14 @@ def _correlate_atom(residual, atom, bias_ptr, j):
     if bias_ptr is not None:
         correlation += tl.load(bias_ptr + j).to(tl.float32)
     return correlation
+
+
+@triton.jit
+def _is_new(indices_row_ptr, j, t, offs_k):
+    """Whether atom j is none of the first t of a row's indices."""
+    tl.debug_barrier()  # one thread wrote each of them, all read them
+    earlier = tl.load(indices_row_ptr + offs_k, mask=offs_k < t, other=-1)
+    return tl.max((earlier == j).to(tl.int32), axis=0) == 0
 
 
 @triton.jit
