@@ -106,7 +106,7 @@ def gram_pursuit_cases() -> Iterator[Case]:
             layout = gram_pursuit.row_layout(n, d, 64, 2 if entries == "i16" else 4)
             if layout is None:
                 continue
-            warps = layout.pop("num_warps")
+            options = {name: layout.pop(name) for name in ("num_warps", "maxnreg") if name in layout}
             absent = ("bias_ptr", "k_rows_ptr", "slices_ptr")
             types = {
                 **PURSUIT_TYPES, "entries_ptr": "*" + entries, "x_ptr": "*bf16",
@@ -118,7 +118,7 @@ def gram_pursuit_cases() -> Iterator[Case]:
             config = {"n": n, "d": d, "k": 64, "entries": entries, **variant}
             yield Case(
                 "gram_pursuit", function, config, pointers(function, types, absent), constexprs,
-                {"num_warps": warps},
+                options,
             )  # fmt: skip
 
 
@@ -173,7 +173,10 @@ def compile_case(case: Case, target: GPUTarget) -> Any:
         constexprs={(names.index(name),): value for name, value in case.constexprs.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    return triton.compile(source, target=target, options=dict(case.options))
+    options = dict(case.options)
+    if target.backend != "cuda":
+        options.pop("maxnreg", None)
+    return triton.compile(source, target=target, options=options)
 
 
 def disassemble(cubin: bytes) -> tuple[dict[str, int], str]:

@@ -226,7 +226,7 @@ def row_layout(n: int, d: int, k: int, itemsize: int) -> dict[str, int] | None:
     per_thread = 32 if itemsize == 2 else 16
     warps = min(max(block_n // (32 * per_thread), 8 if block_d >= 4096 else 4), 16)
     block_w = min(block_n, 32 * warps * (16 // itemsize))
-    return {
+    layout = {
         "BLOCK_R": block_n // block_w,
         "BLOCK_W": block_w,
         "BLOCK_D": block_d,
@@ -234,6 +234,10 @@ def row_layout(n: int, d: int, k: int, itemsize: int) -> dict[str, int] | None:
         "PREFETCH": block_n // warps <= 1024,
         "num_warps": warps,
     }
+    if block_n <= 16384:
+        # left to itself the compiler spills a value or two for one more program on a processor
+        layout["maxnreg"] = 96 if block_n <= 1024 else 128
+    return layout
 
 
 def gram_pursuit(
