@@ -1,4 +1,4 @@
-"""Repairs of Triton's interpreter (3.3.1 to 3.7.1), so that it computes what a GPU would.
+"""Triton's interpreter where there is no GPU, repaired (3.3.1 to 3.7.1) to compute as one would.
 
     tl.dot on bf16          multiplies the bit patterns: numpy has no bf16
     fp32 -> bf16            truncates where hardware rounds to the nearest, ties to even
@@ -8,7 +8,14 @@ Not repaired: arithmetic on bf16 outside of tl.dot works on bit patterns, so ker
 fp32 right after each load. ``input_precision`` makes no difference: tl.dot is plain fp32.
 """
 
+import os
+
 import numpy as np
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is first imported
+
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -28,7 +35,9 @@ def _rounded_to_bf16(values):
 
 
 def repair():
-    """Apply the repairs, once in a process, before the first kernel runs."""
+    """Apply the repairs, once in a process; nothing to do where kernels are compiled."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
     builder = interpreter.InterpreterBuilder
     if getattr(builder, "repaired", False):
         return

@@ -91,9 +91,9 @@ def assert_pursuit(x, dictionary, answer, *, encoder=None, bias=None, margin=MAR
     expected = matching_pursuit(
         x.cpu().double(),
         dictionary.cpu().double(),
+        None if encoder is None else encoder.cpu().double(),
+        None if bias is None else bias.cpu().double(),
         PursuitOptions(k=answer[0].shape[1], **options),
-        encoder=None if encoder is None else encoder.cpu().double(),
-        bias=None if bias is None else bias.cpu().double(),
         k_rows=None if k_rows is None else k_rows.cpu(),
         slices=None if slices is None else slices.cpu(),
     )
