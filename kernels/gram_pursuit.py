@@ -34,10 +34,12 @@ from mpsae.kernels.pursuit_common import (
     _atom_row,
     _correlate_all,
     _correlate_atom,
-    _is_new,
+    _finish_row,
+    _grown_bound,
     _lowest_candidate,
+    _record_step,
     _score,
-    _value,
+    _subtract_atom,
     check_gram,
     check_problem,
     dense_rows,
@@ -100,6 +102,8 @@ def _gram_pursuit_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_k = tl.arange(0, BLOCK_K)
     correlation_row_ptr = correlation_ptr + row * stride_correlation
+    indices_row_ptr = indices_ptr + row * k
+    values_row_ptr = values_ptr + row * k
 
     limit = k
     if k_rows_ptr is not None:
@@ -172,13 +176,10 @@ def _gram_pursuit_kernel(
         gram_mask = (offs_n < n_padded) & (t + 1 < limit)  # not wanted after the last step
         if PREFETCH:  # in flight while the coefficient is computed
             gram_row = tl.load(gram_ptrs, mask=gram_mask & going, other=0)
-        atom = _atom_row(encoder_ptr, j, stride_encoder, offs_d, d)
-        exact = _correlate_atom(r, atom, bias_ptr, j)
-        going = going & (_score(exact, SELECT) > correlation_threshold)
-        a = tl.where(going, _value(exact, SELECT), 0.0)
-        if not TIED:
-            atom = _atom_row(dictionary_ptr, j, stride_dictionary, offs_d, d)
-        r -= a * atom
+        r, exact, a, going = _subtract_atom(
+            r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, d, stride_dictionary,
+            stride_encoder, offs_d, correlation_threshold, TIED, SELECT,
+        )  # fmt: skip
         shift = a * tl.load(scale_ptr + j)
         own = exact - a * tl.load(diagonal_ptr + j)
         if not ALLOW_REPEATS:
@@ -186,24 +187,20 @@ def _gram_pursuit_kernel(
         if not PREFETCH:
             gram_row = tl.load(gram_ptrs, mask=gram_mask & going, other=0)
         c = tl.where(block_r == (j - offs_w)[None, :], own, c - shift * gram_row.to(tl.float32))
+        norm = 0.0
         if CERTIFIED or STOP_ON_NORM:
             norm = tl.sqrt(tl.sum(r * r, axis=0))
         if CERTIFIED:
-            bound += tl.abs(a) * tl.load(error_ptr + j) + 2.0 * roundoff * norm * atom_norm
-            bound = tl.maximum(bound, dot_error * norm * atom_norm)
-        tl.store(indices_ptr + row * k + t, j.to(tl.int64), mask=going)
-        tl.store(values_ptr + row * k + t, a, mask=going)
-        t += going.to(tl.int32)
-        if STOP_ON_REPEAT:
-            going = going & _is_new(indices_ptr + row * k, j, t - 1, offs_k)
-        if STOP_ON_NORM:
-            going = going & (norm >= residual_threshold)
-        going = going & (t < limit)
+            bound = _grown_bound(bound, a, error_ptr, j, norm, atom_norm, dot_error, roundoff)
+        t, going = _record_step(
+            indices_row_ptr, values_row_ptr, j, a, t, limit, going, norm, residual_threshold,
+            offs_k, STOP_ON_REPEAT, STOP_ON_NORM,
+        )  # fmt: skip
 
-    tl.store(residual_ptr + row * d + offs_d, r, mask=offs_d < d)
-    unused = (offs_k >= t) & (offs_k < k)
-    tl.store(indices_ptr + row * k + offs_k, tl.zeros([BLOCK_K], tl.int64), mask=unused)
-    tl.store(values_ptr + row * k + offs_k, tl.zeros([BLOCK_K], tl.float32), mask=unused)
+    _finish_row(
+        indices_row_ptr, values_row_ptr, residual_ptr + row * d, r, t, d, k, offs_d, offs_k,
+        BLOCK_K,
+    )  # fmt: skip
     tl.store(steps_ptr + row, t.to(tl.int64))
     tl.store(rescored_ptr + row, rescored)
 

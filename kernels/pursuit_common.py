@@ -82,6 +82,56 @@ def _is_new(indices_row_ptr, j, t, offs_k):
 
 
 @triton.jit
+def _subtract_atom(
+    r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, d, stride_dictionary, stride_encoder,
+    offs_d, correlation_threshold, TIED: tl.constexpr, SELECT: tl.constexpr,
+):  # fmt: skip
+    """Take atom j where it is good enough: residual, exact correlation, coefficient, whether."""
+    atom = _atom_row(encoder_ptr, j, stride_encoder, offs_d, d)
+    exact = _correlate_atom(r, atom, bias_ptr, j)
+    going = going & (_score(exact, SELECT) > correlation_threshold)
+    a = tl.where(going, _value(exact, SELECT), 0.0)
+    if not TIED:
+        atom = _atom_row(dictionary_ptr, j, stride_dictionary, offs_d, d)
+    return r - a * atom, exact, a, going
+
+
+@triton.jit
+def _record_step(
+    indices_row_ptr, values_row_ptr, j, a, t, limit, going, norm, residual_threshold, offs_k,
+    STOP_ON_REPEAT: tl.constexpr, STOP_ON_NORM: tl.constexpr,
+):  # fmt: skip
+    """Write a step down; the steps taken, and whether there is to be another."""
+    tl.store(indices_row_ptr + t, j.to(tl.int64), mask=going)
+    tl.store(values_row_ptr + t, a, mask=going)
+    t += going.to(tl.int32)
+    if STOP_ON_REPEAT:
+        going = going & _is_new(indices_row_ptr, j, t - 1, offs_k)
+    if STOP_ON_NORM:
+        going = going & (norm >= residual_threshold)
+    return t, going & (t < limit)
+
+
+@triton.jit
+def _grown_bound(bound, a, error_ptr, j, norm, atom_norm, dot_error, roundoff):
+    """Bound on the correlations' errors after a Gram row, a times, has left them."""
+    bound += tl.abs(a) * tl.load(error_ptr + j) + 2.0 * roundoff * norm * atom_norm
+    return tl.maximum(bound, dot_error * norm * atom_norm)
+
+
+@triton.jit
+def _finish_row(
+    indices_row_ptr, values_row_ptr, residual_row_ptr, r, t, d, k, offs_d, offs_k,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Write the residual, and zeros where no step was taken."""
+    tl.store(residual_row_ptr + offs_d, r, mask=offs_d < d)
+    unused = (offs_k >= t) & (offs_k < k)
+    tl.store(indices_row_ptr + offs_k, tl.zeros([BLOCK_K], tl.int64), mask=unused)
+    tl.store(values_row_ptr + offs_k, tl.zeros([BLOCK_K], tl.float32), mask=unused)
+
+
+@triton.jit
 def _correlate_all(
     correlation_ptr, residual, encoder_ptr, bias_ptr, n, d, stride_encoder, offs_d,
     TILE_N: tl.constexpr,
