@@ -37,7 +37,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mpsae.kernels import gram_build, gram_pursuit
+from mpsae.kernels import gram_build, gram_chunked, gram_pursuit
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, "gfx942": 65536}
@@ -67,7 +67,7 @@ def pointers(function: Any, types: dict[str, str], absent: tuple[str, ...] = ())
     """Types by argument: named ones, then by ending; constexprs are left to the caller."""
     signature = {}
     for name in function.arg_names:
-        if name in absent or name.isupper():
+        if name in absent or (name.isupper() and name != "B"):
             signature[name] = "constexpr"
         elif name in types:
             signature[name] = types[name]
@@ -88,13 +88,32 @@ PURSUIT_SWITCHES = {
     "TIED": True, "CERTIFIED": True, "SELECT": "relu", "ALLOW_REPEATS": True,
     "STOP_ON_REPEAT": False, "STOP_ON_NORM": False,
 }  # fmt: skip
+OPTIONAL = ("bias_ptr", "k_rows_ptr", "slices_ptr")
 VARIANTS = (
     {},
     {"CERTIFIED": False},
     {"STOP_ON_NORM": True},
     {"STOP_ON_REPEAT": True},
     {"SELECT": "abs", "ALLOW_REPEATS": False},
+    {"TIED": False, "ALL_POINTERS": True},
 )
+
+
+def pursuit_case(
+    kernel: str, function: Any, shape: dict, entries: str, variant: dict, layout: dict
+) -> Case:
+    """A pursuit kernel with bf16 input; pointers of options that are off are None."""
+    options = {name: layout.pop(name) for name in ("num_warps", "maxnreg") if name in layout}
+    switches = {**PURSUIT_SWITCHES, **variant}
+    absent = () if switches.pop("ALL_POINTERS", False) else OPTIONAL
+    types = {
+        **PURSUIT_TYPES, "entries_ptr": "*" + entries, "x_ptr": "*bf16",
+        "dictionary_ptr": "*bf16", "encoder_ptr": "*bf16",
+    }  # fmt: skip
+    return Case(
+        kernel, function, {**shape, "entries": entries, **variant},
+        pointers(function, types, absent), {**switches, **layout, **dict.fromkeys(absent)}, options,
+    )  # fmt: skip
 
 
 def gram_pursuit_cases() -> Iterator[Case]:
@@ -102,24 +121,25 @@ def gram_pursuit_cases() -> Iterator[Case]:
     function = gram_pursuit._gram_pursuit_kernel
     shapes = [(1024, 64), (4096, 768), (8192, 768), (16384, 768), (16384, 2304), (32768, 2304)]
     for (n, d), entries in itertools.product(shapes, ("i16", "fp32")):
+        if n > gram_pursuit.register_atoms(2 if entries == "i16" else 4, False, (9, 0)):
+            continue
         for variant in VARIANTS if entries == "i16" else VARIANTS[:1]:
-            layout = gram_pursuit.row_layout(n, d, 64, 2 if entries == "i16" else 4)
-            if layout is None:
-                continue
-            options = {name: layout.pop(name) for name in ("num_warps", "maxnreg") if name in layout}
-            absent = ("bias_ptr", "k_rows_ptr", "slices_ptr")
-            types = {
-                **PURSUIT_TYPES, "entries_ptr": "*" + entries, "x_ptr": "*bf16",
-                "dictionary_ptr": "*bf16", "encoder_ptr": "*bf16",
-            }  # fmt: skip
-            constexprs = {
-                **PURSUIT_SWITCHES, **variant, **layout, **dict.fromkeys(absent)
-            }  # fmt: skip
-            config = {"n": n, "d": d, "k": 64, "entries": entries, **variant}
-            yield Case(
-                "gram_pursuit", function, config, pointers(function, types, absent), constexprs,
-                options,
-            )  # fmt: skip
+            layout = gram_pursuit.block_layout(n, d, 64, 2 if entries == "i16" else 4)
+            yield pursuit_case(
+                "gram_pursuit", function, {"n": n, "d": d, "k": 64}, entries, variant, layout
+            )
+
+
+def gram_chunked_cases() -> Iterator[Case]:
+    """Pursuit with rows in scratch."""
+    function = gram_chunked._gram_chunked_kernel
+    for n, d in ((32768, 2304), (131072, 768)):
+        for entries in ("i16", "fp32"):
+            for variant in VARIANTS if entries == "i16" else VARIANTS[:1]:
+                layout = gram_chunked.chunk_layout(n, d, 64)
+                yield pursuit_case(
+                    "gram_chunked", function, {"n": n, "d": d, "k": 64}, entries, variant, layout
+                )
 
 
 def gram_build_cases() -> Iterator[Case]:
@@ -152,6 +172,7 @@ def gram_build_cases() -> Iterator[Case]:
 def cases() -> Iterator[Case]:
     """Every kernel in every configuration."""
     yield from gram_pursuit_cases()
+    yield from gram_chunked_cases()
     yield from gram_build_cases()
 
 

@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mpsae.kernels.gram_chunked import gram_chunked
 from mpsae.kernels.pursuit_common import (
     UNIT_ROUNDOFF,
     _allowed_score,
@@ -39,11 +40,15 @@ from mpsae.kernels.pursuit_common import (
     _lowest_candidate,
     _record_step,
     _score,
+    _slice_of_step,
     _subtract_atom,
+    allocate_outputs,
     check_gram,
     check_problem,
+    correlation_blocks,
     dense_rows,
-    initial_correlation,
+    largest_norm,
+    launch_options,
     product_error,
     sum_error,
 )
@@ -126,16 +131,21 @@ def _gram_pursuit_kernel(
     going = limit > 0
     while going:
         if SLICED:
-            first = tl.load(slices_ptr + 2 * t).to(tl.int32)
-            last = tl.load(slices_ptr + 2 * t + 1).to(tl.int32)
-        score = _allowed_score(c, offs_n, first, last, SELECT, SLICED)
+            first, last = _slice_of_step(slices_ptr, t)
+        score = _allowed_score(c, block_r, offs_w[None, :], first, last, SELECT, SLICED)
         top = tl.max(tl.max(score, axis=0), axis=0)
         lowest = _lowest_candidate(top, bound, correlation_threshold)
+        if SLICED:  # again: the compiler would keep every score for the second use
+            first, last = _slice_of_step(slices_ptr, t)
+            score = _allowed_score(c, block_r, offs_w[None, :], first, last, SELECT, SLICED)
         # a lone candidate sums to its place in [BLOCK_N, 2 BLOCK_N), several to more
         place = tl.sum(tl.where(score >= lowest, BLOCK_N + block_r, 0), axis=0)
         place = tl.sum(tl.where(place > 0, place + offs_w, 0), axis=0)
         j = place - BLOCK_N
         if place >= 2 * BLOCK_N:
+            if SLICED:
+                first, last = _slice_of_step(slices_ptr, t)
+                score = _allowed_score(c, block_r, offs_w[None, :], first, last, SELECT, SLICED)
             if CERTIFIED and bound > 0.0:
                 # a shade lower: the compiler would keep all comparisons above for use here
                 lowest = _lowest_candidate(top, 1.001 * bound, correlation_threshold)
@@ -151,14 +161,14 @@ def _gram_pursuit_kernel(
                     c = tl.where(c > float("-inf"), again, absent)
                     spent = 0
                     bound = fresh
-                    score = _allowed_score(c, offs_n, first, last, SELECT, SLICED)
+                    score = _allowed_score(c, block_r, offs_w[None, :], first, last, SELECT, SLICED)
                     top = tl.max(tl.max(score, axis=0), axis=0)
                     lowest = _lowest_candidate(top, 1.001 * bound, correlation_threshold)
                 rescored += 1
                 best = float("-inf")
                 next_j = -1
                 while next_j < BLOCK_N:
-                    score = _allowed_score(c, offs_n, first, last, SELECT, SLICED)
+                    score = _allowed_score(c, block_r, offs_w[None, :], first, last, SELECT, SLICED)
                     next_j = _first_candidate(score, lowest, next_j, block_r, offs_w, BLOCK_N)
                     if next_j < BLOCK_N:
                         atom = _atom_row(encoder_ptr, next_j, stride_encoder, offs_d, d)
@@ -205,21 +215,27 @@ def _gram_pursuit_kernel(
     tl.store(rescored_ptr + row, rescored)
 
 
-MAX_REGISTER_N = 32768
+def register_atoms(itemsize: int, sliced: bool, capability: tuple[int, int] | None) -> int:
+    """Most atoms whose correlations fit in a program's registers, by ``bench/aot.py``.
+
+    16384 everywhere: nothing is spilt. 32768 with int16 entries and no slices on sm_80 to sm_90:
+    nothing is spilt on sm_90 with the options by default, else 8 to 64 bytes a thread, which cost
+    less than a row in memory. On sm_100 it is up to 264 bytes, with slices up to 328.
+    """
+    if itemsize == 2 and not sliced and capability is not None and (8, 0) <= capability < (10, 0):
+        return 32768
+    return 16384
 
 
-def row_layout(n: int, d: int, k: int, itemsize: int) -> dict[str, int] | None:
-    """Block sizes and warps for rows of ``n`` atoms held in registers, None where they do not fit.
+def block_layout(n: int, d: int, k: int, itemsize: int) -> dict[str, int]:
+    """Block sizes, warps and registers for rows of ``n`` atoms in registers.
 
-    Each thread holds BLOCK_N / (32 num_warps) correlations, at most 64, and as many bytes of one
-    Gram row; BLOCK_W is one 128-bit load by each thread, so that the running maximum over
-    BLOCK_R stays within a thread.
+    Each thread holds 32 correlations (16 with fp32 entries), twice that at the upper end, and as
+    many entries of one Gram row. BLOCK_W is one 128-bit load by each thread, so that the maximum
+    over BLOCK_R stays within a thread.
     """
     block_n = max(triton.next_power_of_2(n), 64)
     block_d = max(triton.next_power_of_2(d), 16)
-    block_k = max(triton.next_power_of_2(k), 16)
-    if block_n > MAX_REGISTER_N or block_d > 8192 or block_k > 4096:
-        return None
     per_thread = 32 if itemsize == 2 else 16
     warps = min(max(block_n // (32 * per_thread), 8 if block_d >= 4096 else 4), 16)
     block_w = min(block_n, 32 * warps * (16 // itemsize))
@@ -227,7 +243,7 @@ def row_layout(n: int, d: int, k: int, itemsize: int) -> dict[str, int] | None:
         "BLOCK_R": block_n // block_w,
         "BLOCK_W": block_w,
         "BLOCK_D": block_d,
-        "BLOCK_K": block_k,
+        "BLOCK_K": max(triton.next_power_of_2(k), 16),
         "PREFETCH": block_n // warps <= 1024,
         "num_warps": warps,
     }
@@ -235,6 +251,17 @@ def row_layout(n: int, d: int, k: int, itemsize: int) -> dict[str, int] | None:
         # left to itself the compiler spills a value or two for one more program on a processor
         layout["maxnreg"] = 96 if block_n <= 1024 else 128
     return layout
+
+
+def row_layout(
+    n: int, d: int, k: int, itemsize: int, sliced: bool, device: torch.device
+) -> dict[str, int] | None:
+    """:func:`block_layout` for a device, None where rows do not fit in its registers."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    capability = torch.cuda.get_device_capability(device) if nvidia else None
+    if n > register_atoms(itemsize, sliced, capability) or d > 8192 or k > 4096:
+        return None
+    return launch_options(block_layout(n, d, k, itemsize), device)
 
 
 def gram_pursuit(
@@ -291,55 +318,42 @@ def gram_pursuit(
         from ``steps`` on hold index 0 and value 0. Not differentiable.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, or a row does not fit in registers.
+        ValueError: shapes, dtypes or devices disagree.
 
     Notes:
-        No host synchronisation. Bit-reproducible.
+        Rows that ``row_layout`` finds too long go to mpsae.kernels.gram_chunked. No host synchronisation. Bit-reproducible.
     """
     check_problem(x, dictionary, encoder, bias, k, k_rows, slices, select)
     B, (n, d) = x.shape[0], dictionary.shape
     check_gram(n, entries, scale, diagonal, error, x.device)
-    layout = row_layout(n, d, k, entries.element_size())
+    layout = row_layout(n, d, k, entries.element_size(), slices is not None, x.device)
     if layout is None:
-        raise ValueError(f"rows of n={n}, d={d}, k={k} do not fit in registers")
-    if correlation is not None and (
-        list(correlation.shape) != [B, n]
-        or correlation.dtype != torch.float32
-        or correlation.stride(-1) != 1
-    ):
-        raise ValueError(
-            f"correlation must be fp32 [{B}, {n}] with contiguous rows, not {correlation.dtype} "
-            f"{list(correlation.shape)}"
-        )
+        return gram_chunked(
+            x, dictionary, encoder, bias, correlation, entries, scale, diagonal, error,
+            k=k, k_rows=k_rows, slices=slices, residual_threshold=residual_threshold,
+            correlation_threshold=correlation_threshold, stop_on_repeat=stop_on_repeat,
+            allow_repeats=allow_repeats, select=select, certified=certified,
+            encoder_norm=encoder_norm, start_error=start_error, scratch_bytes=scratch_bytes,
+        )  # fmt: skip
     tied = encoder is None
     x, dictionary = dense_rows(x), dense_rows(dictionary)
     encoder = dictionary if encoder is None else dense_rows(encoder)
-    indices = x.new_empty(B, k, dtype=torch.int64)
-    values = x.new_empty(B, k, dtype=torch.float32)
-    residual = x.new_empty(B, d, dtype=torch.float32)
-    steps = x.new_empty(B, dtype=torch.int64)
-    rescored = x.new_empty(B, dtype=torch.int32)
+    outputs = allocate_outputs(x, k)
     if B == 0:
-        return indices, values, residual, steps, rescored
+        return outputs
     if encoder_norm is None:
-        encoder_norm = encoder.float().norm(dim=1).max().reshape(1)
-    rows = B if correlation is not None else max(1, min(B, scratch_bytes // (4 * n)))
-    buffer = x.new_empty(rows, n, dtype=torch.float32) if correlation is None else correlation
-    for begin in range(0, B, rows):
-        part = slice(begin, min(begin + rows, B))
-        count = part.stop - begin
-        if correlation is None:
-            initial_correlation(x[part], encoder, bias, out=buffer[:count])
-        _gram_pursuit_kernel[(count,)](
-            indices[part], values[part], residual[part], steps[part], rescored[part],
-            x[part], dictionary, encoder, bias, buffer, entries, scale, diagonal, error,
+        encoder_norm = largest_norm(encoder)
+    for part, block in correlation_blocks(x, encoder, bias, correlation, scratch_bytes):
+        _gram_pursuit_kernel[(part.stop - part.start,)](
+            *(output[part] for output in outputs),
+            x[part], dictionary, encoder, bias, block, entries, scale, diagonal, error,
             encoder_norm, None if k_rows is None else k_rows[part], slices,
             n, entries.shape[1], d, k,
-            x.stride(0), dictionary.stride(0), encoder.stride(0), buffer.stride(0),
+            x.stride(0), dictionary.stride(0), encoder.stride(0), block.stride(0),
             residual_threshold, correlation_threshold,
             product_error(x) if start_error is None else start_error, sum_error(d), UNIT_ROUNDOFF,
             TIED=tied, CERTIFIED=certified, SELECT=select, ALLOW_REPEATS=allow_repeats,
             STOP_ON_REPEAT=stop_on_repeat, STOP_ON_NORM=residual_threshold > 0,
             **layout,
         )  # fmt: skip
-    return indices, values, residual, steps, rescored
+    return outputs

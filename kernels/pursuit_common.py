@@ -9,6 +9,7 @@ accumulate, one part in 2^23 for each group of 16 products or fewer, which adds 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -40,11 +41,22 @@ def _value(correlation, SELECT: tl.constexpr):
 
 
 @triton.jit
-def _allowed_score(correlation, offs_n, first, last, SELECT: tl.constexpr, SLICED: tl.constexpr):
-    """Scores with the atoms outside of first .. last - 1 taken away."""
+def _slice_of_step(slices_ptr, t):
+    """First atom allowed in step t, and the last + 1; volatile: read anew at each call."""
+    first = tl.load(slices_ptr + 2 * t, volatile=True).to(tl.int32)
+    return first, tl.load(slices_ptr + 2 * t + 1, volatile=True).to(tl.int32)
+
+
+@triton.jit
+def _allowed_score(
+    correlation, block, place, first, last, SELECT: tl.constexpr, SLICED: tl.constexpr
+):
+    """Scores of atoms block + place, those outside of first .. last - 1 taken away."""
     score = _score(correlation, SELECT)
     if SLICED:
-        score = tl.where((offs_n >= first) & (offs_n < last), score, float("-inf"))
+        # not block + place: the compiler would keep that sum in a register for each atom
+        inside = (block >= first - place) & (block < last - place)
+        score = tl.where(inside, score, float("-inf"))
     return score
 
 
@@ -253,6 +265,54 @@ def check_gram(
             raise ValueError(f"{name} is on {tensor.device} but x is on {device}")
 
 
+def launch_options(layout: dict[str, int], device: torch.device) -> dict[str, int]:
+    """``layout`` without what only NVIDIA's compiler understands, where it is another's."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return {name: value for name, value in layout.items() if nvidia or name != "maxnreg"}
+
+
 def dense_rows(tensor: Tensor) -> Tensor:
     """The tensor itself where its last dimension is contiguous, else a copy that is."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def allocate_outputs(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Indices, values, residual, steps and rescored steps, not yet written."""
+    B, d = x.shape
+    return (
+        x.new_empty(B, k, dtype=torch.int64),
+        x.new_empty(B, k, dtype=torch.float32),
+        x.new_empty(B, d, dtype=torch.float32),
+        x.new_empty(B, dtype=torch.int64),
+        x.new_empty(B, dtype=torch.int32),
+    )
+
+
+def largest_norm(encoder: Tensor) -> Tensor:
+    """Largest norm of a row, ``[1]`` fp32."""
+    return encoder.float().norm(dim=1).max().reshape(1)
+
+
+def correlation_blocks(
+    x: Tensor, encoder: Tensor, bias: Tensor | None, correlation: Tensor | None, scratch_bytes: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of ``x`` and their correlations: all at once where given, else as many as fit."""
+    B, n = x.shape[0], encoder.shape[0]
+    if correlation is not None:
+        if (
+            list(correlation.shape) != [B, n]
+            or correlation.dtype != torch.float32
+            or correlation.stride(-1) != 1
+        ):
+            raise ValueError(
+                f"correlation must be fp32 [{B}, {n}] with contiguous rows, not "
+                f"{correlation.dtype} {list(correlation.shape)}"
+            )
+        yield slice(0, B), correlation
+        return
+    rows = max(1, min(B, scratch_bytes // (4 * n)))
+    buffer = x.new_empty(rows, n, dtype=torch.float32)
+    for begin in range(0, B, rows):
+        part = slice(begin, min(begin + rows, B))
+        block = buffer[: part.stop - begin]
+        yield part, initial_correlation(x[part], encoder, bias, out=block)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mpsae.kernels.gram_build import build_gram
+from mpsae.kernels.gram_chunked import gram_chunked
 from mpsae.kernels.gram_pursuit import gram_pursuit
 from mpsae.reference import PursuitOptions, matching_pursuit
 from triton_problems import FAST_MARGIN, MARGIN, assert_pursuit, problem
@@ -26,7 +27,7 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
-GRAM_METHODS = ["gram"]
+GRAM_METHODS = ["gram", "chunked"]
 METHODS = GRAM_METHODS
 
 
@@ -36,7 +37,8 @@ def pursue(
 ):  # fmt: skip
     """Run one of the Triton pursuits."""
     gram = build_gram(dictionary, encoder, quantised=quantised)
-    return gram_pursuit(
+    launch = gram_pursuit if method == "gram" else gram_chunked
+    return launch(
         x, dictionary, encoder, bias, correlation, *gram[:4], k=k,
         encoder_norm=gram.encoder_norm, **options,
     )  # fmt: skip
