@@ -33,15 +33,18 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # a kernel made for the interpreter cannot be compiled
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mpsae.kernels import gram_build, gram_chunked, gram_pursuit
+from mpsae.kernels import gram_build, gram_chunked, gram_pursuit, stream
+from mpsae.kernels.pursuit_common import launch_options
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, "gfx942": 65536}
 REGISTERS_PER_BLOCK = 65536
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TENSOR_CORE = {
     "wgmma": r"\bwgmma\.mma_async",
@@ -116,12 +119,12 @@ def pursuit_case(
     )  # fmt: skip
 
 
-def gram_pursuit_cases() -> Iterator[Case]:
+def gram_pursuit_cases(arch: str) -> Iterator[Case]:
     """Register-resident pursuit over sizes, entry types and options."""
     function = gram_pursuit._gram_pursuit_kernel
     shapes = [(1024, 64), (4096, 768), (8192, 768), (16384, 768), (16384, 2304), (32768, 2304)]
     for (n, d), entries in itertools.product(shapes, ("i16", "fp32")):
-        if n > gram_pursuit.register_atoms(2 if entries == "i16" else 4, False, (9, 0)):
+        if n > gram_pursuit.register_atoms(2 if entries == "i16" else 4, False, arch):
             continue
         for variant in VARIANTS if entries == "i16" else VARIANTS[:1]:
             layout = gram_pursuit.block_layout(n, d, 64, 2 if entries == "i16" else 4)
@@ -130,7 +133,7 @@ def gram_pursuit_cases() -> Iterator[Case]:
             )
 
 
-def gram_chunked_cases() -> Iterator[Case]:
+def gram_chunked_cases(arch: str) -> Iterator[Case]:
     """Pursuit with rows in scratch."""
     function = gram_chunked._gram_chunked_kernel
     for n, d in ((32768, 2304), (131072, 768)):
@@ -142,38 +145,77 @@ def gram_chunked_cases() -> Iterator[Case]:
                 )
 
 
-def gram_build_cases() -> Iterator[Case]:
+def gram_build_cases(arch: str) -> Iterator[Case]:
     """Both passes of the build, by input type and precision."""
-    tile = dict(gram_build.TILE)
-    warps = tile.pop("num_warps")
-    for dtype, precision in (
-        ("fp32", "tf32x3"), ("fp32", "ieee"), ("fp32", "bf16x3"), ("bf16", "ieee")
-    ):  # fmt: skip
-        block_d = 32 if dtype == "fp32" else 64
-        types = {"dictionary_ptr": "*" + dtype, "encoder_ptr": "*" + dtype, "entries_ptr": "*i16"}
+    precisions = [("fp32", "ieee"), ("fp32", "bf16x3"), ("bf16", "ieee"), ("fp16", "ieee")]
+    if arch != "hip":
+        precisions.append(("fp32", "tf32x3"))
+    for name, precision in precisions:
+        types = {"dictionary_ptr": "*" + name, "encoder_ptr": "*" + name, "entries_ptr": "*i16"}
+        layout = gram_build.tile_layout(DTYPES[name], precision, arch)
+        options = {"num_warps": layout.pop("num_warps")}
         function = gram_build._gram_build_kernel
-        constexprs = {
-            "TIED": True, "QUANTISED": True, "PRECISION": precision, "BLOCK_D": block_d, **tile
-        }  # fmt: skip
-        config = {"dtype": dtype, "precision": precision}
         yield Case(
-            "gram_build", function, config, pointers(function, types), constexprs,
-            {"num_warps": warps},
+            "gram_build", function, {"dtype": name, "precision": precision},
+            pointers(function, types),
+            {"TIED": True, "QUANTISED": True, "PRECISION": precision, **layout}, options,
         )  # fmt: skip
-        if precision in ("tf32x3", "ieee") and not (dtype == "fp32" and precision == "ieee"):
-            function = gram_build._gram_row_max_kernel
-            constexprs = {"TIED": True, "HALVE": dtype == "fp32", "BLOCK_D": block_d, **tile}
-            yield Case(
-                "gram_row_max", function, {"dtype": dtype}, pointers(function, types), constexprs,
-                {"num_warps": warps},
-            )  # fmt: skip
+    for name in ("fp32", "bf16"):
+        types = {"dictionary_ptr": "*" + name, "encoder_ptr": "*" + name}
+        layout = gram_build.tile_layout(torch.bfloat16, "ieee", arch)
+        options = {"num_warps": layout.pop("num_warps")}
+        function = gram_build._gram_row_max_kernel
+        yield Case(
+            "gram_row_max", function, {"dtype": name}, pointers(function, types),
+            {"TIED": True, "HALVE": name == "fp32", **layout}, options,
+        )  # fmt: skip
 
 
-def cases() -> Iterator[Case]:
+def stream_cases(arch: str) -> Iterator[Case]:
+    """Both kernels of a streamed step, for full tiles and for a handful of rows."""
+    for (name, dtype), B in itertools.product(DTYPES.items(), (4096, 16)):
+        layout = stream.tile_layout(B, dtype, arch)
+        options = {key: layout.pop(key) for key in ("num_warps", "num_stages", "maxnreg")}
+        types = {
+            "atom_ptr": "*i32", "rows_ptr": "*i32", "count_ptr": "*i32", "encoder_ptr": "*" + name,
+            "words": "i32", "splits": "i32", "t": "i32",
+        }  # fmt: skip
+        absent = ("bias_ptr", "banned_ptr", "slices_ptr")
+        function = stream._stream_argmax_kernel
+        yield Case(
+            "stream_argmax", function, {"dtype": name, "B": B}, pointers(function, types, absent),
+            {"SELECT": "relu", **layout, **dict.fromkeys(absent)}, options,
+        )  # fmt: skip
+    function = stream._stream_step_kernel
+    types |= {
+        **PURSUIT_TYPES, "next_rows_ptr": "*i32", "dictionary_ptr": "*bf16", "encoder_ptr": "*bf16"
+    }  # fmt: skip
+    absent = ("bias_ptr", "banned_ptr", "k_rows_ptr")
+    constexprs = {
+        "TIED": True, "SELECT": "relu", "STOP_ON_REPEAT": True, "STOP_ON_NORM": True,
+        "BLOCK_S": 64, "BLOCK_D": 4096, "BLOCK_K": 64,
+    }  # fmt: skip
+    yield Case(
+        "stream_step", function, {"d": 2304, "k": 64}, pointers(function, types, absent),
+        {**constexprs, **dict.fromkeys(absent)}, {"num_warps": 4, "maxnreg": 128},
+    )  # fmt: skip
+
+
+def cases(arch: str) -> Iterator[Case]:
     """Every kernel in every configuration."""
-    yield from gram_pursuit_cases()
-    yield from gram_chunked_cases()
-    yield from gram_build_cases()
+    yield from gram_pursuit_cases(arch)
+    yield from gram_chunked_cases(arch)
+    yield from gram_build_cases(arch)
+    yield from stream_cases(arch)
+
+
+def selected(target: str, kernel: str | None, wanted: dict[str, str]) -> Iterator[Case]:
+    """Cases of one kernel with certain entries in their configuration."""
+    backend, arch = target.split(":")
+    for case in cases("hip" if backend == "hip" else f"sm_{arch}"):
+        config = {key: str(value) for key, value in case.config.items()}
+        if kernel in (None, case.kernel) and wanted.items() <= config.items():
+            yield case
 
 
 def parse_target(name: str) -> GPUTarget:
@@ -186,17 +228,16 @@ def compile_case(case: Case, target: GPUTarget) -> Any:
     """Triton's compiled kernel."""
     names = case.function.arg_names
     aligned = [
-        i for i, name in enumerate(names) if case.signature[name][0] in "*i"
-    ]  # fmt: skip
+        i for i, name in enumerate(names) if case.signature[name][0] in "*i" and name not in "Bt"
+    ]
     source = ASTSource(
         fn=case.function,
         signature=case.signature,
         constexprs={(names.index(name),): value for name, value in case.constexprs.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = dict(case.options)
-    if target.backend != "cuda":
-        options.pop("maxnreg", None)
+    arch = "hip" if target.backend == "hip" else f"sm_{target.arch}"
+    options = launch_options(case.options, arch)
     return triton.compile(source, target=target, options=options)
 
 
@@ -257,15 +298,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--config", nargs="*", default=[], help="key=value that must be there")
     options = parser.parse_args(argv)
+    wanted = dict(pair.split("=", 1) for pair in options.config)
     failed = 0
-    for case in cases():
-        config = {key: str(value) for key, value in case.config.items()}
-        wanted = dict(pair.split("=", 1) for pair in options.config)
-        if options.kernel not in (None, case.kernel):
-            continue
-        if any(config.get(key) != value for key, value in wanted.items()):
-            continue
-        for target in options.target:
+    for target in options.target:
+        for case in selected(target, options.kernel, wanted):
             try:
                 line = measure(case, target)
             except Exception as error:

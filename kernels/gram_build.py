@@ -26,12 +26,11 @@ from mpsae.kernels.pursuit_common import (
     DTYPES,
     UNIT_ROUNDOFF,
     _atom_row,
+    architecture,
     dense_rows,
     sum_error,
 )
 
-TILE = {"BLOCK_J": 128, "BLOCK_I": 128, "num_warps": 8}
-BLOCK_D = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
 PRECISIONS = ("ieee", "tf32x3", "bf16x3")
 
 
@@ -173,11 +172,17 @@ def padded(n: int) -> int:
     return triton.cdiv(n, 64) * 64
 
 
-def gram_precision(dictionary: Tensor) -> str:
+def tile_layout(dtype: torch.dtype, precision: str, arch: str) -> dict[str, int]:
+    """Square tiles, as both triangles come from one; smaller where 128 would spill registers."""
+    single = dtype == torch.float32
+    narrow = single and (precision == "ieee" or (precision == "tf32x3" and arch.startswith("sm_8")))
+    side, warps = (64, 4) if narrow else (128, 8)
+    return {"BLOCK_J": side, "BLOCK_I": side, "BLOCK_D": 32 if single else 64, "num_warps": warps}
+
+
+def gram_precision(dtype: torch.dtype, arch: str) -> str:
     """How fp32 products are made: three TF32 products on CUDA (as exact as fp32), else IEEE."""
-    if dictionary.is_cuda and torch.version.hip is None:
-        return "tf32x3"
-    return "ieee"
+    return "tf32x3" if dtype == torch.float32 and arch.startswith("sm_") else "ieee"
 
 
 def build_gram(
@@ -229,7 +234,9 @@ def build_gram(
     dictionary = dense_rows(dictionary)
     encoder = dictionary if encoder is None else dense_rows(encoder)
     single = dictionary.dtype == torch.float32
-    precision = precision or (gram_precision(dictionary) if single else "ieee")
+    arch = architecture(dictionary.device)
+    if precision is None or not single:
+        precision = gram_precision(dictionary.dtype, arch)
 
     diagonal, dictionary_norm, encoder_norm = dictionary.new_empty(3, n, dtype=torch.float32)
     strides = dictionary.stride(0), encoder.stride(0)
@@ -243,14 +250,14 @@ def build_gram(
     if single and precision != "ieee":
         rounding += (2.0**-15 if precision == "bf16x3" else 2.0**-21) * norms
 
-    blocks = {**TILE, "BLOCK_D": BLOCK_D[dictionary.dtype]}
-    tiles = (triton.cdiv(n, TILE["BLOCK_I"]), triton.cdiv(n, TILE["BLOCK_J"]))
     scale = torch.ones_like(diagonal)
     error = rounding
     if quantised:
         scale.zero_()
-        _gram_row_max_kernel[tiles](
-            scale, dictionary, encoder, n, d, *strides, TIED=tied, HALVE=single, **blocks
+        layout = tile_layout(torch.bfloat16, "ieee", arch)
+        tiles = triton.cdiv(n, layout["BLOCK_I"])
+        _gram_row_max_kernel[(tiles, tiles)](
+            scale, dictionary, encoder, n, d, *strides, TIED=tied, HALVE=single, **layout
         )
         # bf16 keeps 8 bits: 2^-9 off each operand
         scale += rounding + (1.01 * 2.0**-8 * norms if single else 0.0)
@@ -258,8 +265,11 @@ def build_gram(
         error = rounding + 0.51 * scale  # 0.01: the rounding of product / scale
     n_padded = padded(n)
     entries = dictionary.new_empty(n, n_padded, dtype=torch.int16 if quantised else torch.float32)
-    _gram_build_kernel[tiles](
+    layout = tile_layout(dictionary.dtype, precision, arch)
+    # columns up to n_padded are written, as zeros, by the tiles that hold them
+    tiles = triton.cdiv(n_padded, layout["BLOCK_I"])
+    _gram_build_kernel[(tiles, tiles)](
         entries, scale, dictionary, encoder, n, n_padded, d, *strides,
-        TIED=tied, QUANTISED=quantised, PRECISION=precision, **blocks,
+        TIED=tied, QUANTISED=quantised, PRECISION=precision, **layout,
     )  # fmt: skip
     return PackedGram(entries, scale, diagonal, error, largest)

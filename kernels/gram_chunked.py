@@ -32,6 +32,7 @@ from mpsae.kernels.pursuit_common import (
     _slice_of_step,
     _subtract_atom,
     allocate_outputs,
+    architecture,
     check_gram,
     check_problem,
     correlation_blocks,
@@ -89,7 +90,7 @@ def _first_candidate_of_row(
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _gram_chunked_kernel(
     indices_ptr,      # [B, k] int64
     values_ptr,       # [B, k] fp32
@@ -327,6 +328,6 @@ def gram_chunked(
             product_error(x) if start_error is None else start_error, sum_error(d), UNIT_ROUNDOFF,
             TIED=tied, CERTIFIED=certified, SELECT=select, ALLOW_REPEATS=allow_repeats,
             STOP_ON_REPEAT=stop_on_repeat, STOP_ON_NORM=residual_threshold > 0,
-            **launch_options(chunk_layout(n, d, k), x.device),
+            **launch_options(chunk_layout(n, d, k), architecture(x.device)),
         )  # fmt: skip
     return outputs

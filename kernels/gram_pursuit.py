@@ -43,6 +43,7 @@ from mpsae.kernels.pursuit_common import (
     _slice_of_step,
     _subtract_atom,
     allocate_outputs,
+    architecture,
     check_gram,
     check_problem,
     correlation_blocks,
@@ -215,14 +216,14 @@ def _gram_pursuit_kernel(
     tl.store(rescored_ptr + row, rescored)
 
 
-def register_atoms(itemsize: int, sliced: bool, capability: tuple[int, int] | None) -> int:
+def register_atoms(itemsize: int, sliced: bool, arch: str) -> int:
     """Most atoms whose correlations fit in a program's registers, by ``bench/aot.py``.
 
     16384 everywhere: nothing is spilt. 32768 with int16 entries and no slices on sm_80 to sm_90:
     nothing is spilt on sm_90 with the options by default, else 8 to 64 bytes a thread, which cost
-    less than a row in memory. On sm_100 it is up to 264 bytes, with slices up to 328.
+    less than a row in memory. On sm_100 it is up to 264 bytes, with slices up to 296.
     """
-    if itemsize == 2 and not sliced and capability is not None and (8, 0) <= capability < (10, 0):
+    if itemsize == 2 and not sliced and arch in ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90"):
         return 32768
     return 16384
 
@@ -254,14 +255,12 @@ def block_layout(n: int, d: int, k: int, itemsize: int) -> dict[str, int]:
 
 
 def row_layout(
-    n: int, d: int, k: int, itemsize: int, sliced: bool, device: torch.device
+    n: int, d: int, k: int, itemsize: int, sliced: bool, arch: str
 ) -> dict[str, int] | None:
     """:func:`block_layout` for a device, None where rows do not fit in its registers."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    capability = torch.cuda.get_device_capability(device) if nvidia else None
-    if n > register_atoms(itemsize, sliced, capability) or d > 8192 or k > 4096:
+    if n > register_atoms(itemsize, sliced, arch) or d > 8192 or k > 4096:
         return None
-    return launch_options(block_layout(n, d, k, itemsize), device)
+    return launch_options(block_layout(n, d, k, itemsize), arch)
 
 
 def gram_pursuit(
@@ -326,7 +325,8 @@ def gram_pursuit(
     check_problem(x, dictionary, encoder, bias, k, k_rows, slices, select)
     B, (n, d) = x.shape[0], dictionary.shape
     check_gram(n, entries, scale, diagonal, error, x.device)
-    layout = row_layout(n, d, k, entries.element_size(), slices is not None, x.device)
+    arch = architecture(x.device)
+    layout = row_layout(n, d, k, entries.element_size(), slices is not None, arch)
     if layout is None:
         return gram_chunked(
             x, dictionary, encoder, bias, correlation, entries, scale, diagonal, error,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -265,9 +266,19 @@ def check_gram(
             raise ValueError(f"{name} is on {tensor.device} but x is on {device}")
 
 
-def launch_options(layout: dict[str, int], device: torch.device) -> dict[str, int]:
+def architecture(device: torch.device) -> str:
+    """``sm_90`` and the like, ``hip``, or ``cpu`` under the interpreter."""
+    if device.type != "cuda":
+        return "cpu"
+    if torch.version.hip is not None:
+        return "hip"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def launch_options(layout: dict[str, Any], arch: str) -> dict[str, Any]:
     """``layout`` without what only NVIDIA's compiler understands, where it is another's."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
+    nvidia = arch.startswith("sm_")
     return {name: value for name, value in layout.items() if nvidia or name != "maxnreg"}
 
 

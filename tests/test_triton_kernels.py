@@ -6,6 +6,7 @@ import torch
 from mpsae.kernels.gram_build import build_gram
 from mpsae.kernels.gram_chunked import gram_chunked
 from mpsae.kernels.gram_pursuit import gram_pursuit
+from mpsae.kernels.stream import stream_pursuit
 from mpsae.reference import PursuitOptions, matching_pursuit
 from triton_problems import FAST_MARGIN, MARGIN, assert_pursuit, problem
 
@@ -28,7 +29,7 @@ def poison():
 
 
 GRAM_METHODS = ["gram", "chunked"]
-METHODS = GRAM_METHODS
+METHODS = [*GRAM_METHODS, "stream"]
 
 
 def pursue(
@@ -36,6 +37,8 @@ def pursue(
     **options,
 ):  # fmt: skip
     """Run one of the Triton pursuits."""
+    if method == "stream":
+        return stream_pursuit(x, dictionary, encoder, bias, k=k, **options)
     gram = build_gram(dictionary, encoder, quantised=quantised)
     launch = gram_pursuit if method == "gram" else gram_chunked
     return launch(
