@@ -205,9 +205,9 @@ def _gram_chunked_kernel(
             going = hits > 0
             j = tl.minimum(tl.maximum(j, 0), n - 1)
 
-            r, exact, a, going = _subtract_atom(
-                r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, d, stride_dictionary,
-                stride_encoder, offs_d, correlation_threshold, TIED, SELECT,
+            r, own, a, going = _subtract_atom(
+                r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, diagonal_ptr, d,
+                stride_dictionary, stride_encoder, offs_d, correlation_threshold, TIED, SELECT,
             )  # fmt: skip
             norm = 0.0
             if CERTIFIED or STOP_ON_NORM:
@@ -215,7 +215,6 @@ def _gram_chunked_kernel(
             if CERTIFIED:
                 bound = _grown_bound(bound, a, error_ptr, j, norm, atom_norm, dot_error, roundoff)
             shift = a * tl.load(scale_ptr + j)
-            own = exact - a * tl.load(diagonal_ptr + j)
             if not ALLOW_REPEATS:
                 own = absent
             t, going = _record_step(

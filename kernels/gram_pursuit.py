@@ -187,12 +187,11 @@ def _gram_pursuit_kernel(
         gram_mask = (offs_n < n_padded) & (t + 1 < limit)  # not wanted after the last step
         if PREFETCH:  # in flight while the coefficient is computed
             gram_row = tl.load(gram_ptrs, mask=gram_mask & going, other=0)
-        r, exact, a, going = _subtract_atom(
-            r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, d, stride_dictionary,
-            stride_encoder, offs_d, correlation_threshold, TIED, SELECT,
+        r, own, a, going = _subtract_atom(
+            r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, diagonal_ptr, d,
+            stride_dictionary, stride_encoder, offs_d, correlation_threshold, TIED, SELECT,
         )  # fmt: skip
         shift = a * tl.load(scale_ptr + j)
-        own = exact - a * tl.load(diagonal_ptr + j)
         if not ALLOW_REPEATS:
             own = absent
         if not PREFETCH:

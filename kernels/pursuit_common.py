@@ -96,16 +96,22 @@ def _is_new(indices_row_ptr, j, t, offs_k):
 
 @triton.jit
 def _subtract_atom(
-    r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, d, stride_dictionary, stride_encoder,
-    offs_d, correlation_threshold, TIED: tl.constexpr, SELECT: tl.constexpr,
+    r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, diagonal_ptr, d, stride_dictionary,
+    stride_encoder, offs_d, correlation_threshold, TIED: tl.constexpr, SELECT: tl.constexpr,
 ):  # fmt: skip
-    """Take atom j where it is good enough: residual, exact correlation, coefficient, whether."""
+    """Take atom j where it is good enough.
+
+    Returns the residual, its correlation with j (before, where diagonal_ptr is None, else after
+    the step), the coefficient, and whether j was taken.
+    """
     atom = _atom_row(encoder_ptr, j, stride_encoder, offs_d, d)
     exact = _correlate_atom(r, atom, bias_ptr, j)
     going = going & (_score(exact, SELECT) > correlation_threshold)
     a = tl.where(going, _value(exact, SELECT), 0.0)
     if not TIED:
         atom = _atom_row(dictionary_ptr, j, stride_dictionary, offs_d, d)
+    if diagonal_ptr is not None:
+        exact -= a * tl.load(diagonal_ptr + j)
     return r - a * atom, exact, a, going
 
 

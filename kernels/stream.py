@@ -164,9 +164,9 @@ def _stream_step_kernel(
     going = (t < limit) & (top > float("-inf"))
 
     r = _atom_row(residual_ptr, row, d, offs_d, d)
-    r, exact, a, going = _subtract_atom(
-        r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, d, stride_dictionary, stride_encoder,
-        offs_d, correlation_threshold, TIED, SELECT,
+    r, _, a, going = _subtract_atom(
+        r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, None, d, stride_dictionary,
+        stride_encoder, offs_d, correlation_threshold, TIED, SELECT,
     )  # fmt: skip
     tl.store(residual_ptr + row * d + offs_d, r, mask=(offs_d < d) & going)
     if banned_ptr is not None:
