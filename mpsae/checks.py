@@ -61,7 +61,7 @@ def operands(
 
 def steps(k: int | Tensor, x: Tensor) -> tuple[int, Tensor | None]:
     """Check the number of steps: the largest, and ``[B]`` int64 where each row has its own."""
-    if isinstance(k, Tensor) and k.ndim:
+    if isinstance(k, Tensor) and (k.ndim or x.ndim == 1):
         if k.dtype not in _INTS or k.shape != x.shape[:-1]:
             raise ValueError(
                 f"k must be an integer or an integer tensor {list(x.shape[:-1])}, not {_of(k)}"
@@ -87,10 +87,11 @@ def slices(
     if windows is None:
         return None
     table = windows if isinstance(windows, Tensor) else torch.tensor(windows)
-    if table.dtype not in _INTS or table.shape != (k, 2):
+    if table.dtype not in _INTS or table.shape[1:] != (2,) or table.shape[0] < k:
         raise ValueError(
-            f"slices must be {k} pairs of integers (first, last + 1), not {_of(table)}"
+            f"slices must be at least k={k} pairs of integers (first, last + 1), not {_of(table)}"
         )
+    table = table[:k]
     if table.device.type == "cpu":  # elsewhere the look would synchronise
         for t, (first, stop) in enumerate(table.tolist()):
             if not 0 <= first < stop <= n:

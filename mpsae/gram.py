@@ -7,6 +7,8 @@ matrix a step.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -66,18 +68,16 @@ class TiledCorrelations:
 
     def best(self, residual, options: PursuitOptions, window, banned):
         """See :class:`mpsae.reference.Correlations`."""
-        score, index = None, None
+        score = residual.new_full((residual.shape[0],), -math.inf)
+        index = torch.zeros_like(score, dtype=torch.int64)
         for first in range(0, self.encoder.shape[0], _TILE):
             correlation = residual @ self.encoder[first : first + _TILE].T
             if self.bias is not None:
                 correlation += self.bias[first : first + _TILE]
             top, atom = best_atom(correlation, options.select, window, banned, first)
-            if score is None:
-                score, index = top, atom
-            else:
-                better = top > score  # strict: the lower tile wins ties
-                score = torch.where(better, top, score)
-                index = torch.where(better, atom, index)
+            better = top > score  # strict: the lower tile wins ties
+            score = torch.where(better, top, score)
+            index = torch.where(better, atom, index)
         return score, index
 
     def subtract(self, index, value):

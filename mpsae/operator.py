@@ -32,7 +32,7 @@ def pursuit(
     detach_residual: bool,
     method: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the pursuit on ``x [B, d]``, fp32 or fp64; arguments as in :func:`mpsae.matching_pursuit`.
+    """Run the pursuit on ``x [B, d]``, fp32 or fp64, see :func:`mpsae.matching_pursuit`.
 
     Returns:
         values ``[B, k]``, residual ``[B, d]`` (dtype of ``x``), indices ``[B, k]``, steps ``[B]``.

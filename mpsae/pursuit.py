@@ -61,7 +61,7 @@ def matching_pursuit(
         allow_repeats: an atom may be taken again by the same row; its values add up.
         select: ``"relu"`` best correlation, value clamped at 0; ``"max"`` best correlation, signed
             value; ``"abs"`` largest absolute correlation, signed value.
-        slices: ``k`` pairs (first atom, last atom + 1), the atoms allowed in each step.
+        slices: a pair (first atom, last atom + 1) for each step, the atoms allowed in it.
         detach_residual: no gradient flows from a step to the steps before it.
         precision: ``"exact"`` chooses as an fp32 loop would; ``"fast"`` may settle near ties
             otherwise. In plain torch both are exact.
@@ -131,9 +131,14 @@ def matching_pursuit(
         method = _choose_method(rows.shape[0], n, k_max, gram is not None)
     if method == "reference":
         with torch.autocast(x.device.type, enabled=False):
-            weights = [None if t is None else t.to(rows.dtype) for t in (dictionary, encoder, bias)]
             found = reference.matching_pursuit(
-                rows, *weights, options, k_rows=k_rows, slices=windows
+                rows,
+                dictionary.to(rows.dtype),
+                None if encoder is None else encoder.to(rows.dtype),
+                None if bias is None else bias.to(rows.dtype),
+                options,
+                k_rows=k_rows,
+                slices=windows,
             )
     else:
         tensors = (rows, dictionary, encoder, bias, gram, k_rows, windows)

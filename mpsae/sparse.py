@@ -44,9 +44,9 @@ def sparse_decode(indices: Tensor, values: Tensor, dictionary: Tensor) -> Tensor
         [[2.0, 3.0]]
     """
     k, d = indices.shape[-1], dictionary.shape[1]
+    if indices.numel() == 0:  # embedding_bag refuses an empty list of bags
+        return values.new_zeros(*indices.shape[:-1], d, dtype=dictionary.dtype)
     flat = indices.reshape(-1, k)
-    if flat.numel() == 0:  # embedding_bag refuses an empty bag list
-        return (values.sum() * dictionary.sum() * 0).expand(*indices.shape[:-1], d)
     weights = values.reshape(-1, k).to(dictionary.dtype)
     y = F.embedding_bag(flat, dictionary, per_sample_weights=weights, mode="sum")
     return y.reshape(*indices.shape[:-1], d)
@@ -83,8 +83,13 @@ class Pursuit(NamedTuple):
     residual: Tensor
     steps: Tensor
 
-    code = SparseCode.code
-    reconstruct = SparseCode.reconstruct
+    def code(self, n: int) -> Tensor:
+        """Dense code ``[..., n]``, see :func:`dense_code`."""
+        return dense_code(self.indices, self.values, n)
+
+    def reconstruct(self, dictionary: Tensor) -> Tensor:
+        """Reconstruction ``[..., d]``, see :func:`sparse_decode`."""
+        return sparse_decode(self.indices, self.values, dictionary)
 
 
 def l0(indices: Tensor, values: Tensor) -> Tensor:

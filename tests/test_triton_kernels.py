@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
+import triton_interpreter
+
 from mpsae.kernels.gram_build import build_gram
 from mpsae.kernels.gram_chunked import gram_chunked
 from mpsae.kernels.gram_pursuit import gram_pursuit
@@ -10,6 +14,7 @@ from mpsae.kernels.stream import stream_pursuit
 from mpsae.reference import PursuitOptions, matching_pursuit
 from triton_problems import FAST_MARGIN, MARGIN, assert_pursuit, problem
 
+triton_interpreter.repair()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytestmark = pytest.mark.filterwarnings(

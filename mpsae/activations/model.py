@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def load_language_model(
         auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
         version = int(transformers.__version__.split(".")[0])
         option = {"dtype" if version >= 5 else "torch_dtype": dtype}
-        model = auto.from_pretrained(path, **option)
+        model: Any = auto.from_pretrained(path, **option)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except Exception as error:
         raise OSError(
@@ -136,7 +137,7 @@ def record(
         if len(found) == len(hookpoints):
             raise _AllRecorded
 
-    handles = [_hook(model, name, lambda h, n=name: keep(n, h)) for name in hookpoints]
+    handles = [_hook(model, name, partial(keep, name)) for name in hookpoints]
     try:
         device = model.device
         model(input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False)

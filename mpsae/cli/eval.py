@@ -75,9 +75,11 @@ def evaluate_folders(config: EvalConfig) -> dict[str, Evaluation]:
             models[name] = load_language_model(name, device=device)
         text = TextConfig(**origin.get("text", {"context": origin.get("context_size", 256)}))
         text.dataset = config.dataset or text.dataset
+        model, tokenizer = models[name]
         results[str(folder)] = evaluate(
             sae,
-            *models[name],
+            model,
+            tokenizer,
             origin["hook_name"],
             text,
             max_tokens=config.max_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,7 +38,7 @@ class TopKSAE(SparseAutoencoder):
     """
 
     architecture = "topk"
-    config_class: type[SAEConfig] = TopKConfig
+    config_class: ClassVar[type[SAEConfig]] = TopKConfig
 
     def encode(self, x: Tensor) -> SparseCode:
         """Keep the k largest latents of each row of ``[..., d_in]``, largest first."""
