@@ -105,7 +105,7 @@ VARIANTS = (
 def pursuit_case(
     kernel: str, function: Any, shape: dict, entries: str, variant: dict, layout: dict
 ) -> Case:
-    """A pursuit kernel with bf16 input; pointers of options that are off are None."""
+    """Describe a pursuit kernel with bf16 input; pointers of options that are off are None."""
     options = {name: layout.pop(name) for name in ("num_warps", "maxnreg") if name in layout}
     switches = {**PURSUIT_SWITCHES, **variant}
     absent = () if switches.pop("ALL_POINTERS", False) else OPTIONAL
@@ -274,7 +274,9 @@ def measure(case: Case, target_name: str) -> dict[str, Any]:
         code = kernel.asm["amdgcn"]
         number = {
             name: int(value)
-            for name, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", code)
+            for name, value in re.findall(
+                r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", code
+            )
         }
         regs, spill = number["vgpr_count"], number["private_segment_fixed_size"]
         loads = count(r"\b(?:global|buffer)_load[a-z0-9_]*", code)
@@ -312,7 +314,9 @@ def main(argv: list[str] | None = None) -> int:
             if options.json:
                 print(json.dumps(line), flush=True)
             else:
-                shown = {key: value for key, value in line.items() if key not in ("kernel", "loads")}
+                shown = {
+                    key: value for key, value in line.items() if key not in ("kernel", "loads")
+                }
                 print(line["kernel"], *(f"{k}={v}" for k, v in shown.items()), flush=True)
     return failed
 

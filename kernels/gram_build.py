@@ -15,33 +15,22 @@ passes, half of that where encoder and dictionary are one (both triangles from o
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mpsae.kernels.pursuit_common import (
-    DTYPES,
     UNIT_ROUNDOFF,
+    Gram,
     _atom_row,
     architecture,
+    check_dictionary,
     dense_rows,
     sum_error,
 )
 
-PRECISIONS = ("ieee", "tf32x3", "bf16x3")
-
-
-class PackedGram(NamedTuple):
-    """A Gram matrix as the pursuit kernels read it, see :func:`build_gram`."""
-
-    entries: Tensor
-    scale: Tensor
-    diagonal: Tensor
-    error: Tensor
-    encoder_norm: Tensor
+PRECISIONS = ("ieee", "tf32x3")
 
 
 @triton.jit
@@ -189,45 +178,32 @@ def build_gram(
     dictionary: Tensor,
     encoder: Tensor | None = None,
     *,
-    quantised: bool = True,
+    entries: str = "int16",
     precision: str | None = None,
-) -> PackedGram:
+) -> Gram:
     r"""Build G[j, i] = <dictionary_j, encoder_i>, packed in 16 bits or left in fp32.
 
     Args:
         dictionary: ``[n, d]``, fp32, bf16 or fp16.
         encoder: ``[n, d]``, same dtype; None where it is the dictionary.
-        quantised: int16 entries in units of a scale per row, else fp32 entries and scale 1.
-        precision: of fp32 products: ``ieee`` (no tensor cores), ``tf32x3`` (rounding as fp32) or
-            ``bf16x3`` (error 2^-15 of the norms, more than int16 costs); None chooses.
-            16-bit input is always multiplied exactly.
+        entries: ``int16`` fixed point in units of a scale for each row, or ``fp32``.
+        precision: of fp32 products: ``ieee`` (no tensor cores) or ``tf32x3`` (rounding as fp32);
+            None chooses. 16-bit input is always multiplied exactly.
 
     Returns:
-        PackedGram: ``entries [n, n_padded]`` int16 or fp32, zero on the diagonal and in the
-        padding; ``scale [n]`` fp32; ``diagonal [n]`` fp32, <dictionary_j, encoder_j>;
-        ``error [n]`` fp32, bound on |G[j, i] - scale_j entries[j, i]| for i != j with the
-        rounding of one update by it; ``encoder_norm [1]`` fp32, the largest ||encoder_i||.
+        Gram. Not differentiable.
 
     Raises:
-        ValueError: shapes or dtypes disagree, unknown precision.
+        ValueError: shapes, dtypes or devices disagree, unknown ``entries`` or ``precision``.
 
     Notes:
         4 d n^2 FLOP (half where tied), 2 n n_padded bytes written. Bit-reproducible; no host
         synchronisation.
     """
-    if dictionary.ndim != 2 or dictionary.dtype not in DTYPES or not dictionary.numel():
-        raise ValueError(
-            "dictionary must be [n, d] of float32, bfloat16 or float16, not "
-            f"{list(dictionary.shape)} {dictionary.dtype}"
-        )
-    if encoder is not None and (
-        encoder.shape != dictionary.shape or encoder.dtype != dictionary.dtype
-    ):
-        raise ValueError(
-            f"encoder is {list(encoder.shape)} {encoder.dtype} but dictionary is "
-            f"{list(dictionary.shape)} {dictionary.dtype}"
-        )
-    if precision is not None and precision not in PRECISIONS:
+    check_dictionary(dictionary, encoder)
+    if entries not in ("int16", "fp32"):
+        raise ValueError(f"entries must be 'int16' or 'fp32', not {entries!r}")
+    if precision not in (None, *PRECISIONS):
         raise ValueError(f"precision must be one of {PRECISIONS}, not {precision!r}")
     n, d = dictionary.shape
     tied = encoder is None
@@ -247,9 +223,10 @@ def build_gram(
     largest = encoder_norm.max().reshape(1)
     norms = dictionary_norm * largest
     rounding = (sum_error(d) + (d / 8 + 8) * UNIT_ROUNDOFF) * norms
-    if single and precision != "ieee":
-        rounding += (2.0**-15 if precision == "bf16x3" else 2.0**-21) * norms
+    if precision == "tf32x3":
+        rounding += 2.0**-21 * norms
 
+    quantised = entries == "int16"
     scale = torch.ones_like(diagonal)
     error = rounding
     if quantised:
@@ -264,12 +241,12 @@ def build_gram(
         scale /= 32767
         error = rounding + 0.51 * scale  # 0.01: the rounding of product / scale
     n_padded = padded(n)
-    entries = dictionary.new_empty(n, n_padded, dtype=torch.int16 if quantised else torch.float32)
+    packed = dictionary.new_empty(n, n_padded, dtype=torch.int16 if quantised else torch.float32)
     layout = tile_layout(dictionary.dtype, precision, arch)
     # columns up to n_padded are written, as zeros, by the tiles that hold them
     tiles = triton.cdiv(n_padded, layout["BLOCK_I"])
     _gram_build_kernel[(tiles, tiles)](
-        entries, scale, dictionary, encoder, n, n_padded, d, *strides,
+        packed, scale, dictionary, encoder, n, n_padded, d, *strides,
         TIED=tied, QUANTISED=quantised, PRECISION=precision, **layout,
     )  # fmt: skip
-    return PackedGram(entries, scale, diagonal, error, largest)
+    return Gram(packed, scale, diagonal, error, largest)

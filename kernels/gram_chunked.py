@@ -20,6 +20,9 @@ from torch import Tensor
 
 from mpsae.kernels.pursuit_common import (
     UNIT_ROUNDOFF,
+    Gram,
+    Outputs,
+    Settings,
     _allowed_score,
     _atom_row,
     _correlate_all,
@@ -30,14 +33,13 @@ from mpsae.kernels.pursuit_common import (
     _record_step,
     _score,
     _slice_of_step,
+    _start_bound,
     _subtract_atom,
     allocate_outputs,
     architecture,
-    check_gram,
-    check_problem,
+    bias_norm,
     correlation_blocks,
     dense_rows,
-    largest_norm,
     launch_options,
     product_error,
     sum_error,
@@ -96,7 +98,7 @@ def _gram_chunked_kernel(
     values_ptr,       # [B, k] fp32
     residual_ptr,     # [B, d] fp32
     steps_ptr,        # [B] int64
-    rescored_ptr,     # [B] int32
+    rescored_ptr,     # [B] int64
     scratch_ptr,      # [programs, n_padded] fp32
     x_ptr,            # [B, d]
     dictionary_ptr,   # [n, d]
@@ -108,6 +110,7 @@ def _gram_chunked_kernel(
     diagonal_ptr,     # [n] fp32
     error_ptr,        # [n] fp32
     norm_ptr,         # [1] fp32, largest norm of an encoder row
+    bias_norm_ptr,    # [1] fp32, largest |bias|, or None
     k_rows_ptr,       # [B] or None
     slices_ptr,       # [k, 2] or None
     B, n, n_padded, d, k,
@@ -142,7 +145,7 @@ def _gram_chunked_kernel(
         r = _atom_row(x_ptr, row, stride_x, offs_d, d)
         bound = 0.0
         if CERTIFIED:
-            bound = start_error * tl.sqrt(tl.sum(r * r, axis=0)) * atom_norm
+            bound = _start_bound(start_error, r, atom_norm, bias_norm_ptr)
         first, last = 0, 0
         if SLICED:
             first, last = _slice_of_step(slices_ptr, 0)
@@ -152,18 +155,18 @@ def _gram_chunked_kernel(
             BLOCK_N,
         )  # fmt: skip
         spent = 0
-        rescored = 0
-        t = 0
+        rescored = tl.full([], 0, tl.int32)
+        t = tl.full([], 0, tl.int32)
         going = limit > 0
         while going:
             top = tl.max(best, axis=0)
             lowest = _lowest_candidate(top, bound, correlation_threshold)
             hits = tl.sum((best >= lowest).to(tl.int32) + (second >= lowest).to(tl.int32), axis=0)
             j = tl.min(tl.where(best >= top, atom, n), axis=0)
-            if CERTIFIED:
+            if CERTIFIED:  # noqa: SIM102
                 if (hits > 1) & (bound > 0.0):
                     tl.debug_barrier()  # the row was written by other threads than read it here
-                    fresh = dot_error * tl.sqrt(tl.sum(r * r, axis=0)) * atom_norm
+                    fresh = _start_bound(dot_error, r, atom_norm, bias_norm_ptr)
                     spent += hits
                     if ((8 * spent > n) | (hits >= BLOCK_N)) & (bound > 4.0 * fresh):
                         # over the caller's row: this one marks the atoms that must not return
@@ -181,7 +184,9 @@ def _gram_chunked_kernel(
                             again = tl.load(again_ptr + offs_n, mask=mask_n, other=0.0)
                             c = tl.where(c > float("-inf"), again, absent)
                             tl.store(row_ptr + offs_n, c, mask=mask_n)
-                            score = _allowed_score(c, start, offs_n - start, first, last, SELECT, SLICED)
+                            score = _allowed_score(
+                                c, start, offs_n - start, first, last, SELECT, SLICED
+                            )
                             top = tl.maximum(top, tl.max(score, axis=0))
                         tl.debug_barrier()
                         spent = 0
@@ -213,7 +218,9 @@ def _gram_chunked_kernel(
             if CERTIFIED or STOP_ON_NORM:
                 norm = tl.sqrt(tl.sum(r * r, axis=0))
             if CERTIFIED:
-                bound = _grown_bound(bound, a, error_ptr, j, norm, atom_norm, dot_error, roundoff)
+                bound = _grown_bound(
+                    bound, a, error_ptr, j, norm, atom_norm, bias_norm_ptr, dot_error, roundoff
+                )
             shift = a * tl.load(scale_ptr + j)
             if not ALLOW_REPEATS:
                 own = absent
@@ -244,7 +251,7 @@ def _gram_chunked_kernel(
             BLOCK_K,
         )  # fmt: skip
         tl.store(steps_ptr + row, t.to(tl.int64))
-        tl.store(rescored_ptr + row, rescored)
+        tl.store(rescored_ptr + row, rescored.to(tl.int64))
 
 
 def chunk_layout(n: int, d: int, k: int) -> dict[str, int]:
@@ -277,56 +284,40 @@ def gram_chunked(
     dictionary: Tensor,
     encoder: Tensor | None,
     bias: Tensor | None,
-    correlation: Tensor | None,
-    entries: Tensor,
-    scale: Tensor,
-    diagonal: Tensor,
-    error: Tensor,
+    gram: Gram,
+    settings: Settings,
     *,
-    k: int,
-    k_rows: Tensor | None = None,
-    slices: Tensor | None = None,
-    residual_threshold: float = 0.0,
-    correlation_threshold: float = 0.0,
-    stop_on_repeat: bool = False,
-    allow_repeats: bool = True,
-    select: str = "relu",
     certified: bool = True,
-    encoder_norm: Tensor | None = None,
-    start_error: float | None = None,
     scratch_bytes: int = 1 << 28,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Pursue each row of ``x`` with its correlations in scratch memory, for ``n`` of any size.
+) -> Outputs:
+    """Launch for ``n`` of any size; tensors checked by the caller. ``[B, d] -> Outputs``.
 
-    Arguments, results, errors and notes as :func:`mpsae.kernels.gram_pursuit.gram_pursuit`;
-    ``resident_programs`` times 4 n bytes of scratch beside ``scratch_bytes``.
+    Notes:
+        ``scratch_bytes`` of correlations at a time, twice, and ``resident_programs`` times 4 n
+        bytes of rows. No host synchronisation.
     """
-    check_problem(x, dictionary, encoder, bias, k, k_rows, slices, select)
-    B, (n, d) = x.shape[0], dictionary.shape
-    check_gram(n, entries, scale, diagonal, error, x.device)
+    n, d = dictionary.shape
+    k, n_padded = settings.k, gram.entries.shape[1]
     tied = encoder is None
     x, dictionary = dense_rows(x), dense_rows(dictionary)
     encoder = dictionary if encoder is None else dense_rows(encoder)
     outputs = allocate_outputs(x, k)
-    if B == 0:
-        return outputs
-    if encoder_norm is None:
-        encoder_norm = largest_norm(encoder)
-    n_padded = entries.shape[1]
-    programs = min(B, resident_programs(n, x.device))
+    largest_bias = bias_norm(bias)
+    programs = min(x.shape[0], resident_programs(n, x.device))
     scratch = x.new_empty(programs, n_padded, dtype=torch.float32)
-    for part, block in correlation_blocks(x, encoder, bias, correlation, scratch_bytes):
+    layout = launch_options(chunk_layout(n, d, k), architecture(x.device))
+    for part, block in correlation_blocks(x, encoder, bias, scratch_bytes):
         rows = part.stop - part.start
+        k_rows = None if settings.k_rows is None else settings.k_rows[part]
         _gram_chunked_kernel[(min(rows, programs),)](
             *(output[part] for output in outputs), scratch,
-            x[part], dictionary, encoder, bias, block, entries, scale, diagonal, error,
-            encoder_norm, None if k_rows is None else k_rows[part], slices,
+            x[part], dictionary, encoder, bias, block, *gram, largest_bias, k_rows, settings.slices,
             rows, n, n_padded, d, k,
             x.stride(0), dictionary.stride(0), encoder.stride(0), block.stride(0),
-            residual_threshold, correlation_threshold,
-            product_error(x) if start_error is None else start_error, sum_error(d), UNIT_ROUNDOFF,
-            TIED=tied, CERTIFIED=certified, SELECT=select, ALLOW_REPEATS=allow_repeats,
-            STOP_ON_REPEAT=stop_on_repeat, STOP_ON_NORM=residual_threshold > 0,
-            **launch_options(chunk_layout(n, d, k), architecture(x.device)),
+            settings.residual_threshold, settings.correlation_threshold,
+            product_error(x, encoder), sum_error(d), UNIT_ROUNDOFF,
+            TIED=tied, CERTIFIED=certified, SELECT=settings.select,
+            ALLOW_REPEATS=settings.allow_repeats, STOP_ON_REPEAT=settings.stop_on_repeat,
+            STOP_ON_NORM=settings.residual_threshold > 0, **layout,
         )  # fmt: skip
     return outputs

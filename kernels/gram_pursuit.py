@@ -10,8 +10,8 @@ One program per row takes all its steps and stops by itself. Certified selection
 E on |c_i - <r, encoder_i> - bias_i|: atoms within 2 E of the best are scored again from r, so
 the choice is that of exact correlations, ties of less than fp32 rounding apart.
 
-    E_0     = product_error ||x|| max_i ||encoder_i||
-    E      <- E + |a| error_j + 2 u ||r|| max_i ||encoder_i||
+    E_0     = product_error ||x|| max_i ||encoder_i|| + 4 u max_i |bias_i|
+    E      <- E + |a| error_j + 2 u (||r|| max_i ||encoder_i|| + max_i |bias_i|)
 
 When such scoring has cost as many dot products as an eighth of the atoms and E could be four
 times smaller, the whole row is correlated afresh: a row that has converged to rounding would
@@ -23,14 +23,15 @@ Registers: see ``row_layout``. Reference: mpsae.reference.pursue.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpsae.kernels.gram_chunked import gram_chunked
 from mpsae.kernels.pursuit_common import (
     UNIT_ROUNDOFF,
+    Gram,
+    Outputs,
+    Settings,
     _allowed_score,
     _atom_row,
     _correlate_all,
@@ -41,17 +42,17 @@ from mpsae.kernels.pursuit_common import (
     _record_step,
     _score,
     _slice_of_step,
+    _start_bound,
     _subtract_atom,
     allocate_outputs,
     architecture,
-    check_gram,
-    check_problem,
+    bias_norm,
     correlation_blocks,
     dense_rows,
-    largest_norm,
     launch_options,
     product_error,
     sum_error,
+    triton_version,
 )
 
 
@@ -69,7 +70,7 @@ def _gram_pursuit_kernel(
     values_ptr,       # [B, k] fp32
     residual_ptr,     # [B, d] fp32
     steps_ptr,        # [B] int64
-    rescored_ptr,     # [B] int32
+    rescored_ptr,     # [B] int64
     x_ptr,            # [B, d]
     dictionary_ptr,   # [n, d]
     encoder_ptr,      # [n, d]
@@ -80,6 +81,7 @@ def _gram_pursuit_kernel(
     diagonal_ptr,     # [n] fp32
     error_ptr,        # [n] fp32
     norm_ptr,         # [1] fp32, largest norm of an encoder row
+    bias_norm_ptr,    # [1] fp32, largest |bias|, or None
     k_rows_ptr,       # [B] or None
     slices_ptr,       # [k, 2] or None
     n, n_padded, d, k,
@@ -123,12 +125,11 @@ def _gram_pursuit_kernel(
     bound = 0.0
     if CERTIFIED:
         atom_norm = tl.load(norm_ptr)
-        norm = tl.sqrt(tl.sum(r * r, axis=0))
-        bound = start_error * norm * atom_norm
+        bound = _start_bound(start_error, r, atom_norm, bias_norm_ptr)
     first, last = 0, 0
     spent = 0
-    rescored = 0
-    t = 0
+    rescored = tl.full([], 0, tl.int32)
+    t = tl.full([], 0, tl.int32)
     going = limit > 0
     while going:
         if SLICED:
@@ -151,7 +152,7 @@ def _gram_pursuit_kernel(
                 # a shade lower: the compiler would keep all comparisons above for use here
                 lowest = _lowest_candidate(top, 1.001 * bound, correlation_threshold)
                 spent += tl.sum(tl.sum((score >= lowest).to(tl.int32), axis=0), axis=0)
-                fresh = dot_error * tl.sqrt(tl.sum(r * r, axis=0)) * atom_norm
+                fresh = _start_bound(dot_error, r, atom_norm, bias_norm_ptr)
                 if (8 * spent > n) & (bound > 4.0 * fresh):
                     _correlate_all(
                         correlation_row_ptr, r, encoder_ptr, bias_ptr, n, d, stride_encoder,
@@ -201,7 +202,9 @@ def _gram_pursuit_kernel(
         if CERTIFIED or STOP_ON_NORM:
             norm = tl.sqrt(tl.sum(r * r, axis=0))
         if CERTIFIED:
-            bound = _grown_bound(bound, a, error_ptr, j, norm, atom_norm, dot_error, roundoff)
+            bound = _grown_bound(
+                bound, a, error_ptr, j, norm, atom_norm, bias_norm_ptr, dot_error, roundoff
+            )
         t, going = _record_step(
             indices_row_ptr, values_row_ptr, j, a, t, limit, going, norm, residual_threshold,
             offs_k, STOP_ON_REPEAT, STOP_ON_NORM,
@@ -212,17 +215,22 @@ def _gram_pursuit_kernel(
         BLOCK_K,
     )  # fmt: skip
     tl.store(steps_ptr + row, t.to(tl.int64))
-    tl.store(rescored_ptr + row, rescored)
+    tl.store(rescored_ptr + row, rescored.to(tl.int64))
 
 
-def register_atoms(itemsize: int, sliced: bool, arch: str) -> int:
+def register_atoms(itemsize: int, settings: Settings, arch: str, version: tuple[int, int]) -> int:
     """Most atoms whose correlations fit in a program's registers, by ``bench/aot.py``.
 
-    16384 everywhere: nothing is spilt. 32768 with int16 entries and no slices on sm_80 to sm_90:
-    nothing is spilt on sm_90 with the options by default, else 8 to 64 bytes a thread, which cost
-    less than a row in memory. On sm_100 it is up to 264 bytes, with slices up to 296.
+    16384 everywhere: nothing is spilt (but on sm_100, where slices and a stop on repeats together
+    would). 32768 with int16 entries on sm_80 to sm_90 and a Triton that was looked at, without
+    slices and the stop on repeats: up to 40 bytes a thread are spilt there, a few constants of
+    the loop, where a row in memory would cost 8 n bytes a step.
     """
-    if itemsize == 2 and not sliced and arch in ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90"):
+    sliced = settings.slices is not None
+    if arch.startswith("sm_1") and sliced and settings.stop_on_repeat:
+        return 8192
+    known = arch in ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90") and version <= (3, 7)
+    if known and itemsize == 2 and not sliced and not settings.stop_on_repeat:
         return 32768
     return 16384
 
@@ -254,12 +262,13 @@ def block_layout(n: int, d: int, k: int, itemsize: int) -> dict[str, int]:
 
 
 def row_layout(
-    n: int, d: int, k: int, itemsize: int, sliced: bool, arch: str
+    n: int, d: int, itemsize: int, settings: Settings, arch: str, version: tuple[int, int]
 ) -> dict[str, int] | None:
     """:func:`block_layout` for a device, None where rows do not fit in its registers."""
-    if n > register_atoms(itemsize, sliced, arch) or d > 8192 or k > 4096:
+    limit = register_atoms(itemsize, settings, arch, version)
+    if n > limit or d > 8192 or settings.k > 4096:
         return None
-    return launch_options(block_layout(n, d, k, itemsize), arch)
+    return launch_options(block_layout(n, d, settings.k, itemsize), arch)
 
 
 def gram_pursuit(
@@ -267,92 +276,44 @@ def gram_pursuit(
     dictionary: Tensor,
     encoder: Tensor | None,
     bias: Tensor | None,
-    correlation: Tensor | None,
-    entries: Tensor,
-    scale: Tensor,
-    diagonal: Tensor,
-    error: Tensor,
+    gram: Gram,
+    settings: Settings,
     *,
-    k: int,
-    k_rows: Tensor | None = None,
-    slices: Tensor | None = None,
-    residual_threshold: float = 0.0,
-    correlation_threshold: float = 0.0,
-    stop_on_repeat: bool = False,
-    allow_repeats: bool = True,
-    select: str = "relu",
     certified: bool = True,
-    encoder_norm: Tensor | None = None,
-    start_error: float | None = None,
     scratch_bytes: int = 1 << 28,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    r"""Pursue each row of ``x`` by at most ``k`` steps, correlations updated from a Gram matrix.
-
-    Args:
-        x: ``[B, d]``, fp32, bf16 or fp16.
-        dictionary: ``[n, d]``, same dtype and device.
-        encoder: ``[n, d]``, None where tied.
-        bias: ``[n]`` added to the correlations, or None.
-        correlation: ``[B, n]`` fp32, x . encoder^T + bias; overwritten where a row is correlated
-            afresh. None: made here, for as many rows at a time as ``scratch_bytes`` hold.
-        entries, scale, diagonal, error: as :func:`mpsae.kernels.gram_build.build_gram` packs them.
-        k: steps at most.
-        k_rows: ``[B]`` integer, steps allowed to each row.
-        slices: ``[k, 2]`` integer, atoms allowed in each step, first to last + 1.
-        residual_threshold: a row stops after a step that leaves ||r|| below it; 0 for never.
-        correlation_threshold: what the best score has to exceed for a row to go on.
-        stop_on_repeat: a row stops after taking an atom again.
-        allow_repeats: whether an atom may be taken again.
-        select: ``relu``, ``max`` or ``abs``, see mpsae.reference.
-        certified: choose as exact correlations would.
-        encoder_norm: ``[1]`` fp32, largest norm of an encoder row; computed where absent.
-        start_error: bound on the error of ``correlation`` relative to ||x|| ||encoder_i||;
-            None: of an fp32 product at torch's present settings.
-        scratch_bytes: room for the correlations made here.
-
-    Returns:
-        indices ``[B, k]`` int64, values ``[B, k]`` fp32, residual ``[B, d]`` fp32, steps ``[B]``
-        int64, rescored ``[B]`` int32 (steps in which several atoms were scored again). Places
-        from ``steps`` on hold index 0 and value 0. Not differentiable.
+) -> Outputs:
+    """Launch, a program for each row; tensors checked by the caller. ``[B, d] -> Outputs``.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree.
+        ValueError: a row of correlations does not fit in registers, see :func:`row_layout`.
 
     Notes:
-        Rows that ``row_layout`` finds too long go to mpsae.kernels.gram_chunked. No host synchronisation. Bit-reproducible.
+        ``scratch_bytes`` of correlations at a time, twice. No host synchronisation.
     """
-    check_problem(x, dictionary, encoder, bias, k, k_rows, slices, select)
-    B, (n, d) = x.shape[0], dictionary.shape
-    check_gram(n, entries, scale, diagonal, error, x.device)
-    arch = architecture(x.device)
-    layout = row_layout(n, d, k, entries.element_size(), slices is not None, arch)
+    n, d = dictionary.shape
+    k, itemsize = settings.k, gram.entries.element_size()
+    layout = row_layout(n, d, itemsize, settings, architecture(x.device), triton_version())
     if layout is None:
-        return gram_chunked(
-            x, dictionary, encoder, bias, correlation, entries, scale, diagonal, error,
-            k=k, k_rows=k_rows, slices=slices, residual_threshold=residual_threshold,
-            correlation_threshold=correlation_threshold, stop_on_repeat=stop_on_repeat,
-            allow_repeats=allow_repeats, select=select, certified=certified,
-            encoder_norm=encoder_norm, start_error=start_error, scratch_bytes=scratch_bytes,
-        )  # fmt: skip
+        raise ValueError(
+            f"rows of n={n} correlations (d={d}, k={k}) do not fit in the registers of "
+            f"{architecture(x.device)} with Triton {triton.__version__}; use method='chunked'"
+        )
     tied = encoder is None
     x, dictionary = dense_rows(x), dense_rows(dictionary)
     encoder = dictionary if encoder is None else dense_rows(encoder)
     outputs = allocate_outputs(x, k)
-    if B == 0:
-        return outputs
-    if encoder_norm is None:
-        encoder_norm = largest_norm(encoder)
-    for part, block in correlation_blocks(x, encoder, bias, correlation, scratch_bytes):
+    largest_bias = bias_norm(bias)
+    for part, block in correlation_blocks(x, encoder, bias, scratch_bytes):
+        k_rows = None if settings.k_rows is None else settings.k_rows[part]
         _gram_pursuit_kernel[(part.stop - part.start,)](
             *(output[part] for output in outputs),
-            x[part], dictionary, encoder, bias, block, entries, scale, diagonal, error,
-            encoder_norm, None if k_rows is None else k_rows[part], slices,
-            n, entries.shape[1], d, k,
+            x[part], dictionary, encoder, bias, block, *gram, largest_bias, k_rows, settings.slices,
+            n, gram.entries.shape[1], d, k,
             x.stride(0), dictionary.stride(0), encoder.stride(0), block.stride(0),
-            residual_threshold, correlation_threshold,
-            product_error(x) if start_error is None else start_error, sum_error(d), UNIT_ROUNDOFF,
-            TIED=tied, CERTIFIED=certified, SELECT=select, ALLOW_REPEATS=allow_repeats,
-            STOP_ON_REPEAT=stop_on_repeat, STOP_ON_NORM=residual_threshold > 0,
-            **layout,
+            settings.residual_threshold, settings.correlation_threshold,
+            product_error(x, encoder), sum_error(d), UNIT_ROUNDOFF,
+            TIED=tied, CERTIFIED=certified, SELECT=settings.select,
+            ALLOW_REPEATS=settings.allow_repeats, STOP_ON_REPEAT=settings.stop_on_repeat,
+            STOP_ON_NORM=settings.residual_threshold > 0, **layout,
         )  # fmt: skip
     return outputs

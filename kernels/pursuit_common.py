@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,25 +20,49 @@ from torch import Tensor
 UNIT_ROUNDOFF = 2.0**-24
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# indices, values, residual, steps, rescored
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Gram(NamedTuple):
+    """G[j, i] = <dictionary_j, encoder_i>, about ``scale[j] * entries[j, i]`` for i != j.
+
+    ``entries [n, n_padded]`` int16 or fp32 with zeros on the diagonal and in the padding, ``scale
+    [n]`` fp32, ``diagonal [n]`` fp32 (G[j, j]), ``error [n]`` fp32: no entry of row j is further
+    than this from the exact G, the rounding of an update by it included; ``encoder_norm [1]``
+    fp32, the largest ||encoder_i||.
+    """
+
+    entries: Tensor
+    scale: Tensor
+    diagonal: Tensor
+    error: Tensor
+    encoder_norm: Tensor
+
+
+class Settings(NamedTuple):
+    """The options of one call, see :func:`mpsae.kernels.triton_pursuit.pursuit`."""
+
+    k: int
+    k_rows: Tensor | None = None
+    slices: Tensor | None = None
+    residual_threshold: float = 0.0
+    correlation_threshold: float = 0.0
+    stop_on_repeat: bool = False
+    allow_repeats: bool = True
+    select: str = "relu"
+
 
 @triton.jit
 def _score(correlation, SELECT: tl.constexpr):
-    """What the argmax is taken of."""
-    if SELECT == "abs":
-        score = tl.abs(correlation)
-    else:
-        score = correlation
-    return score
+    """Turn a correlation into what the argmax is taken of."""
+    return tl.abs(correlation) if SELECT == "abs" else correlation
 
 
 @triton.jit
 def _value(correlation, SELECT: tl.constexpr):
-    """Coefficient of a chosen atom."""
-    if SELECT == "relu":
-        value = tl.maximum(correlation, 0.0)
-    else:
-        value = correlation
-    return value
+    """Turn the correlation of a chosen atom into its coefficient."""
+    return tl.maximum(correlation, 0.0) if SELECT == "relu" else correlation
 
 
 @triton.jit
@@ -132,9 +156,20 @@ def _record_step(
 
 
 @triton.jit
-def _grown_bound(bound, a, error_ptr, j, norm, atom_norm, dot_error, roundoff):
+def _start_bound(relative, r, atom_norm, bias_norm_ptr):
+    """Bound on the errors of <r, encoder_i> + bias_i, ``relative`` that of the products."""
+    bound = relative * tl.sqrt(tl.sum(r * r, axis=0)) * atom_norm
+    if bias_norm_ptr is not None:
+        bound += 2.4e-7 * tl.load(bias_norm_ptr)  # two roundings of a sum with the bias
+    return bound
+
+
+@triton.jit
+def _grown_bound(bound, a, error_ptr, j, norm, atom_norm, bias_norm_ptr, dot_error, roundoff):
     """Bound on the correlations' errors after a Gram row, a times, has left them."""
     bound += tl.abs(a) * tl.load(error_ptr + j) + 2.0 * roundoff * norm * atom_norm
+    if bias_norm_ptr is not None:
+        bound += 2.0 * roundoff * tl.load(bias_norm_ptr)
     return tl.maximum(bound, dot_error * norm * atom_norm)
 
 
@@ -175,7 +210,7 @@ def sum_error(d: int) -> float:
     return 4 * math.sqrt(d) * UNIT_ROUNDOFF
 
 
-def product_error(x: Tensor) -> float:
+def product_error(x: Tensor, encoder: Tensor) -> float:
     """Bound on ``initial_correlation``, relative to ||x|| ||e||, at torch's present settings.
 
     fp32 on CUDA with TF32 allowed: each operand is rounded to 11 bits, 2^-10 for the product.
@@ -185,76 +220,103 @@ def product_error(x: Tensor) -> float:
     if not x.is_cuda:
         return sum_error(d)
     tensor_core = sum_error(d) + d / 8 * UNIT_ROUNDOFF
-    if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return tensor_core + 2.0**-10
-    return sum_error(d) if x.dtype == torch.float32 else tensor_core
+    if _multiplied_in_16_bits(x, encoder):
+        return tensor_core
+    return tensor_core + 2.0**-10 if _tf32_allowed() else sum_error(d)
 
 
-def initial_correlation(
-    x: Tensor, encoder: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
-) -> Tensor:
+def _tf32_allowed() -> bool:
+    try:
+        return torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # set through torch's newer interface: suppose that it is
+        return True
+
+
+def _multiplied_in_16_bits(x: Tensor, encoder: Tensor) -> bool:
+    # torch 2.7 and before have no 16-bit product with an fp32 result
+    return (
+        x.is_cuda
+        and x.dtype == encoder.dtype != torch.float32
+        and hasattr(torch.ops.aten.mm, "dtype")
+    )
+
+
+def initial_correlation(x: Tensor, encoder: Tensor, bias: Tensor | None = None) -> Tensor:
     """Correlate: x . encoder^T + bias in fp32. ``[B, d], [n, d], [n] -> [B, n]``.
 
     16-bit input goes through the tensor cores with fp32 accumulation on CUDA; elsewhere it is
     converted first.
     """
-    if x.is_cuda and x.dtype != torch.float32:
-        product = torch.mm(x, encoder.T, out_dtype=torch.float32)
-        out = product if out is None else out.copy_(product)
-    else:
-        out = torch.mm(x.float(), encoder.float().T, out=out)
-    return out if bias is None else out.add_(bias)
+    with torch.autocast(x.device.type, enabled=False):
+        if _multiplied_in_16_bits(x, encoder):
+            product = torch.mm(x, encoder.T, out_dtype=torch.float32)
+        else:
+            product = x.float() @ encoder.float().T
+    return product if bias is None else product.add_(bias)
+
+
+def bias_norm(bias: Tensor | None) -> Tensor | None:
+    """Return the largest finite |bias_i|, ``[1]`` fp32."""
+    if bias is None:
+        return None
+    return bias.float().nan_to_num(0.0, 0.0, 0.0).abs().max().reshape(1)
+
+
+def check_dictionary(dictionary: Tensor, encoder: Tensor | None) -> None:
+    """Raise ValueError where a dictionary and its encoder are not what the kernels read."""
+    if dictionary.ndim != 2 or dictionary.dtype not in DTYPES or not dictionary.numel():
+        raise ValueError(
+            "dictionary must be [n, d], not empty, of float32, bfloat16 or float16, not "
+            f"{list(dictionary.shape)} {dictionary.dtype}"
+        )
+    if encoder is not None and (
+        encoder.shape != dictionary.shape
+        or encoder.dtype != dictionary.dtype
+        or encoder.device != dictionary.device
+    ):
+        raise ValueError(
+            f"encoder is {list(encoder.shape)} {encoder.dtype} on {encoder.device} but dictionary "
+            f"is {list(dictionary.shape)} {dictionary.dtype} on {dictionary.device}"
+        )
 
 
 def check_problem(
-    x: Tensor,
-    dictionary: Tensor,
-    encoder: Tensor | None,
-    bias: Tensor | None,
-    k: int,
-    k_rows: Tensor | None,
-    slices: Tensor | None,
-    select: str,
+    x: Tensor, dictionary: Tensor, encoder: Tensor | None, bias: Tensor | None, settings: Settings
 ) -> None:
     """Raise ValueError where a launch could not be right."""
-    if x.ndim != 2 or dictionary.ndim != 2 or x.shape[1] != dictionary.shape[1]:
+    check_dictionary(dictionary, encoder)
+    n, d = dictionary.shape
+    if x.ndim != 2 or x.shape[1] != d or x.dtype not in DTYPES:
         raise ValueError(
-            f"x must be [B, d] and dictionary [n, d], not {list(x.shape)} and "
-            f"{list(dictionary.shape)}"
+            f"x must be [B, {d}] of float32, bfloat16 or float16, not {list(x.shape)} {x.dtype}"
         )
-    B, (n, d) = x.shape[0], dictionary.shape
-    if n < 1 or d < 1:
-        raise ValueError(f"dictionary is empty: {list(dictionary.shape)}")
+    k = settings.k
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
-    if select not in ("relu", "max", "abs"):
-        raise ValueError(f"select must be 'relu', 'max' or 'abs', not {select!r}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x must be float32, bfloat16 or float16, not {x.dtype}")
+    if settings.select not in ("relu", "max", "abs"):
+        raise ValueError(f"select must be 'relu', 'max' or 'abs', not {settings.select!r}")
     expected = {
-        "dictionary": (dictionary, [n, d]),
-        "encoder": (encoder, [n, d]),
-        "bias": (bias, [n]),
-        "k_rows": (k_rows, [B]),
-        "slices": (slices, [k, 2]),
+        "dictionary": (dictionary, [n, d], DTYPES),
+        "bias": (bias, [n], DTYPES),
+        "k_rows": (settings.k_rows, [x.shape[0]], (torch.int64, torch.int32)),
+        "slices": (settings.slices, [k, 2], (torch.int64, torch.int32)),
     }
-    for name, (tensor, shape) in expected.items():
+    for name, (tensor, shape, dtypes) in expected.items():
         if tensor is None:
             continue
         if list(tensor.shape) != shape:
             raise ValueError(f"{name} must be {shape}, not {list(tensor.shape)}")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}")
-        if name in ("dictionary", "encoder") and tensor.dtype != x.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} but x is {x.dtype}")
-        if name in ("k_rows", "slices") and tensor.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"{name} must be int32 or int64, not {tensor.dtype}")
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name} is {tensor.dtype}, not one of {dtypes}")
+        if name != "dictionary" and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, but has strides {tensor.stride()}")
 
 
-def check_gram(
-    n: int, entries: Tensor, scale: Tensor, diagonal: Tensor, error: Tensor, device: torch.device
-) -> None:
+def check_gram(n: int, gram: Gram, device: torch.device) -> None:
     """Raise ValueError where a packed Gram matrix does not belong to ``n`` atoms."""
+    entries = gram.entries
     if entries.dtype not in (torch.int16, torch.float32):
         raise ValueError(f"entries must be int16 or float32, not {entries.dtype}")
     if entries.ndim != 2 or entries.shape[0] != n or entries.shape[1] < n:
@@ -264,12 +326,16 @@ def check_gram(
             "entries must be contiguous with rows padded to a multiple of 64, not "
             f"{list(entries.shape)} with strides {entries.stride()}"
         )
-    for name, tensor in (("scale", scale), ("diagonal", diagonal), ("error", error)):
-        if list(tensor.shape) != [n] or tensor.dtype != torch.float32:
-            raise ValueError(f"{name} must be fp32 [{n}], not {tensor.dtype} {list(tensor.shape)}")
-    for name, tensor in (("entries", entries), ("scale", scale)):
+    sizes = {"scale": n, "diagonal": n, "error": n, "encoder_norm": 1}
+    for name, tensor in gram._asdict().items():
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} but x is on {device}")
+        if name == "entries":
+            continue
+        if list(tensor.shape) != [sizes[name]] or tensor.dtype != torch.float32:
+            raise ValueError(
+                f"{name} must be fp32 [{sizes[name]}], not {tensor.dtype} {list(tensor.shape)}"
+            )
 
 
 def architecture(device: torch.device) -> str:
@@ -282,6 +348,12 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def triton_version() -> tuple[int, int]:
+    """Major and minor number of the Triton at hand."""
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def launch_options(layout: dict[str, Any], arch: str) -> dict[str, Any]:
     """``layout`` without what only NVIDIA's compiler understands, where it is another's."""
     nvidia = arch.startswith("sm_")
@@ -289,47 +361,28 @@ def launch_options(layout: dict[str, Any], arch: str) -> dict[str, Any]:
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor itself where its last dimension is contiguous, else a copy that is."""
+    """Return the tensor where its last dimension is contiguous, else a copy that is."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def allocate_outputs(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Indices, values, residual, steps and rescored steps, not yet written."""
+def allocate_outputs(x: Tensor, k: int) -> Outputs:
+    """Room for the results, not yet written."""
     B, d = x.shape
     return (
         x.new_empty(B, k, dtype=torch.int64),
         x.new_empty(B, k, dtype=torch.float32),
         x.new_empty(B, d, dtype=torch.float32),
         x.new_empty(B, dtype=torch.int64),
-        x.new_empty(B, dtype=torch.int32),
+        x.new_empty(B, dtype=torch.int64),
     )
 
 
-def largest_norm(encoder: Tensor) -> Tensor:
-    """Largest norm of a row, ``[1]`` fp32."""
-    return encoder.float().norm(dim=1).max().reshape(1)
-
-
 def correlation_blocks(
-    x: Tensor, encoder: Tensor, bias: Tensor | None, correlation: Tensor | None, scratch_bytes: int
+    x: Tensor, encoder: Tensor, bias: Tensor | None, scratch_bytes: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of ``x`` and their correlations: all at once where given, else as many as fit."""
+    """Rows of ``x`` and their correlations, as many at a time as ``scratch_bytes`` hold."""
     B, n = x.shape[0], encoder.shape[0]
-    if correlation is not None:
-        if (
-            list(correlation.shape) != [B, n]
-            or correlation.dtype != torch.float32
-            or correlation.stride(-1) != 1
-        ):
-            raise ValueError(
-                f"correlation must be fp32 [{B}, {n}] with contiguous rows, not "
-                f"{correlation.dtype} {list(correlation.shape)}"
-            )
-        yield slice(0, B), correlation
-        return
     rows = max(1, min(B, scratch_bytes // (4 * n)))
-    buffer = x.new_empty(rows, n, dtype=torch.float32)
     for begin in range(0, B, rows):
         part = slice(begin, min(begin + rows, B))
-        block = buffer[: part.stop - begin]
-        yield part, initial_correlation(x[part], encoder, bias, out=block)
+        yield part, initial_correlation(x[part], encoder, bias)

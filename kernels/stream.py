@@ -26,13 +26,14 @@ import triton.language as tl
 from torch import Tensor
 
 from mpsae.kernels.pursuit_common import (
+    Outputs,
+    Settings,
     _atom_row,
     _record_step,
     _score,
     _slice_of_step,
     _subtract_atom,
     architecture,
-    check_problem,
     dense_rows,
     launch_options,
 )
@@ -40,7 +41,7 @@ from mpsae.kernels.pursuit_common import (
 
 @triton.jit
 def _product(r, atoms, product, PRECISION: tl.constexpr):
-    """product + r . atoms^T for fp32 r ``[BLOCK_B, BLOCK_D]``, atoms ``[BLOCK_N, BLOCK_D]``."""
+    """Add r . atoms^T to product for fp32 r ``[BLOCK_B, BLOCK_D]``, atoms ``[BLOCK_N, BLOCK_D]``."""
     if PRECISION == "split":
         atoms = tl.trans(atoms)
         high = r.to(tl.bfloat16)
@@ -214,59 +215,35 @@ def stream_pursuit(
     dictionary: Tensor,
     encoder: Tensor | None,
     bias: Tensor | None,
-    *,
-    k: int,
-    k_rows: Tensor | None = None,
-    slices: Tensor | None = None,
-    residual_threshold: float = 0.0,
-    correlation_threshold: float = 0.0,
-    stop_on_repeat: bool = False,
-    allow_repeats: bool = True,
-    select: str = "relu",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    r"""Pursue each row of ``x`` by at most ``k`` steps, correlations made anew in each.
+    settings: Settings,
+) -> Outputs:
+    """Launch two kernels a step; tensors checked by the caller. ``[B, d] -> Outputs``.
 
-    Args:
-        x: ``[B, d]``, fp32, bf16 or fp16.
-        dictionary: ``[n, d]``, same dtype and device.
-        encoder: ``[n, d]``, None where tied.
-        bias: ``[n]`` added to the correlations, or None.
-        k, k_rows, slices, residual_threshold, correlation_threshold, stop_on_repeat,
-        allow_repeats, select: as :func:`mpsae.kernels.gram_pursuit.gram_pursuit` takes them.
-
-    Returns:
-        indices ``[B, k]`` int64, values ``[B, k]`` fp32, residual ``[B, d]`` fp32, steps ``[B]``
-        int64, and ``[B]`` int32 of zeros: nothing is scored again, as no score is approximate.
-
-    Raises:
-        ValueError: shapes, dtypes or devices disagree.
+    Nothing is scored again, as no score is approximate: ``rescored`` is zero.
 
     Notes:
-        2 k launches, no host synchronisation. Scratch: 8 bytes for each row and split, n / 8
-        bytes a row where repeats are forbidden. Bit-reproducible: the order of the list of rows
-        is not, but no row's result depends on it.
+        No host synchronisation. Scratch: 8 bytes for each row and split, n / 8 bytes a row where
+        repeats are forbidden. Bit-reproducible: the order of the list of rows is not, but no
+        row's result depends on it.
     """
-    check_problem(x, dictionary, encoder, bias, k, k_rows, slices, select)
-    B, (n, d) = x.shape[0], dictionary.shape
+    B, (n, d), k = x.shape[0], dictionary.shape, settings.k
     tied = encoder is None
     dictionary = dense_rows(dictionary)
     encoder = dictionary if encoder is None else dense_rows(encoder)
     indices = torch.zeros(B, k, dtype=torch.int64, device=x.device)
     values = torch.zeros(B, k, dtype=torch.float32, device=x.device)
     steps = torch.zeros(B, dtype=torch.int64, device=x.device)
-    rescored = torch.zeros(B, dtype=torch.int32, device=x.device)
+    rescored = torch.zeros_like(steps)
     residual = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    if B == 0:
-        return indices, values, residual, steps, rescored
     arch = architecture(x.device)
-    layout = launch_options(tile_layout(B, x.dtype, arch), arch)
+    layout = launch_options(tile_layout(B, dictionary.dtype, arch), arch)
     block_b = layout["BLOCK_B"]
     splits = atom_splits(B, n, block_b, layout["BLOCK_N"], x.device)
     score = x.new_empty(B, splits, dtype=torch.float32)
     atom = x.new_empty(B, splits, dtype=torch.int32)
     words = triton.cdiv(n, 32)
     banned = None
-    if not allow_repeats:
+    if not settings.allow_repeats:
         banned = torch.zeros(B, words, dtype=torch.int32, device=x.device)
     rows = torch.arange(B, dtype=torch.int32, device=x.device)
     next_rows = torch.empty_like(rows)
@@ -274,16 +251,16 @@ def stream_pursuit(
     counts[:1].fill_(B)
     for t in range(k):
         _stream_argmax_kernel[(triton.cdiv(B, block_b), splits)](
-            score, atom, residual, encoder, bias, banned, rows, counts, slices,
-            n, d, words, splits, t, encoder.stride(0), SELECT=select, **layout,
+            score, atom, residual, encoder, bias, banned, rows, counts, settings.slices,
+            n, d, words, splits, t, encoder.stride(0), SELECT=settings.select, **layout,
         )  # fmt: skip
         _stream_step_kernel[(B,)](
             indices, values, residual, steps, score, atom, dictionary, encoder, bias, banned,
-            rows, counts, next_rows, k_rows,
+            rows, counts, next_rows, settings.k_rows,
             n, d, k, words, splits, t, dictionary.stride(0), encoder.stride(0),
-            residual_threshold, correlation_threshold,
-            TIED=tied, SELECT=select, STOP_ON_REPEAT=stop_on_repeat,
-            STOP_ON_NORM=residual_threshold > 0,
+            settings.residual_threshold, settings.correlation_threshold,
+            TIED=tied, SELECT=settings.select, STOP_ON_REPEAT=settings.stop_on_repeat,
+            STOP_ON_NORM=settings.residual_threshold > 0,
             BLOCK_S=max(triton.next_power_of_2(splits), 16),
             BLOCK_D=max(triton.next_power_of_2(d), 16),
             BLOCK_K=max(triton.next_power_of_2(k), 16),

@@ -68,7 +68,8 @@ def replayed_margins(x, dictionary, answer, *, encoder=None, bias=None, margin=M
             assert ((j >= window[0]) & (j < window[1]))[took].all(), "an atom out of its slice"
         value = own.relu() if settings.select == "relu" else own
         assert ((values[:, t] - value).abs() <= MARGIN * unit + TINY)[took].all()
-        assert not indices[:, t][~took].any() and not values[:, t][~took].any()
+        assert not indices[:, t][~took].any()
+        assert not values[:, t][~took].any()
         step_lead = torch.minimum(best - second, (best - settings.threshold).abs())
         lead = torch.where(may, torch.minimum(lead, step_lead / (unit + TINY)), lead)
         r = r - values[:, t, None].double() * dictionary[j]
@@ -83,7 +84,7 @@ def replayed_margins(x, dictionary, answer, *, encoder=None, bias=None, margin=M
 
 
 def assert_pursuit(x, dictionary, answer, *, encoder=None, bias=None, margin=MARGIN, **options):
-    """Assert that ``answer`` is a pursuit, with the indices of the reference where no tie is near."""
+    """Assert that ``answer`` is a pursuit, with the reference's indices where no tie is near."""
     lead = replayed_margins(
         x, dictionary, answer, encoder=encoder, bias=bias, margin=margin, **options
     )
