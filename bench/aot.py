@@ -1,15 +1,16 @@
 """Compile the Triton kernels ahead of time, without a GPU, and say what each one takes.
 
-    python bench/aot.py --json [--kernel gram_pursuit] [--target cuda:90] [--config n=16384]
+    python bench/aot.py [--json] [--check] [--output bench/results/aot-3.7.1.json]
+                        [--kernel gram_pursuit] [--target cuda:90] [--config n=16384]
 
-One JSON line for each kernel, configuration and target:
+A line for each kernel, configuration and target:
     regs          registers a thread (AMD: VGPRs)
     spill_bytes   local memory a thread, 0 where nothing is spilt
     shared_bytes  shared memory a program
     fits          whether the target has that much shared memory and as many registers
     wide_loads    whether global memory is read in 128-bit loads
     tensor_core   wgmma, mma, tcgen05, mfma or null
-    loads         how many of each load instruction there are
+Only what a launcher would use is compiled: configurations that go to another kernel are left out.
 What runs on a GPU is compiled from run-time arguments: pointers and integers are declared
 multiples of 16 here, as they are for padded tensors.
 """
@@ -39,7 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mpsae.kernels import gram_build, gram_chunked, gram_pursuit, stream
-from mpsae.kernels.pursuit_common import launch_options
+from mpsae.kernels.pursuit_common import Settings, launch_options, triton_version
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, "gfx942": 65536}
@@ -84,70 +85,99 @@ def pointers(function: Any, types: dict[str, str], absent: tuple[str, ...] = ())
 
 
 PURSUIT_TYPES = {
-    "indices_ptr": "*i64", "steps_ptr": "*i64", "rescored_ptr": "*i32",
+    "indices_ptr": "*i64", "steps_ptr": "*i64", "rescored_ptr": "*i64",
     "k_rows_ptr": "*i64", "slices_ptr": "*i64",
 }  # fmt: skip
 PURSUIT_SWITCHES = {
     "TIED": True, "CERTIFIED": True, "SELECT": "relu", "ALLOW_REPEATS": True,
     "STOP_ON_REPEAT": False, "STOP_ON_NORM": False,
 }  # fmt: skip
-OPTIONAL = ("bias_ptr", "k_rows_ptr", "slices_ptr")
+OPTIONAL = ("bias_ptr", "bias_norm_ptr", "k_rows_ptr", "slices_ptr")
+EVERYTHING = {
+    "TIED": False, "SELECT": "abs", "ALLOW_REPEATS": False, "STOP_ON_REPEAT": True,
+    "STOP_ON_NORM": True, "POINTERS": OPTIONAL,
+}  # fmt: skip
 VARIANTS = (
     {},
     {"CERTIFIED": False},
     {"STOP_ON_NORM": True},
     {"STOP_ON_REPEAT": True},
     {"SELECT": "abs", "ALLOW_REPEATS": False},
-    {"TIED": False, "ALL_POINTERS": True},
+    {"TIED": False, "POINTERS": OPTIONAL[:2]},
+    {"POINTERS": ("k_rows_ptr",)},
+    {"POINTERS": ("slices_ptr",)},
+    EVERYTHING,
 )
+# constants of the loop that a row of 32768 leaves no room for, see register_atoms
+SPILL_LIMIT = {"gram_pursuit": {32768: 40}}
+
+
+def allowed_spill(case: Case) -> int:
+    """Bytes a thread that may be spilt."""
+    return SPILL_LIMIT.get(case.kernel, {}).get(case.config.get("n"), 0)
 
 
 def pursuit_case(
     kernel: str, function: Any, shape: dict, entries: str, variant: dict, layout: dict
 ) -> Case:
-    """Describe a pursuit kernel with bf16 input; pointers of options that are off are None."""
+    """Describe a pursuit kernel; pointers of options that are off are None."""
     options = {name: layout.pop(name) for name in ("num_warps", "maxnreg") if name in layout}
     switches = {**PURSUIT_SWITCHES, **variant}
-    absent = () if switches.pop("ALL_POINTERS", False) else OPTIONAL
-    types = {
-        **PURSUIT_TYPES, "entries_ptr": "*" + entries, "x_ptr": "*bf16",
-        "dictionary_ptr": "*bf16", "encoder_ptr": "*bf16",
-    }  # fmt: skip
+    present = switches.pop("POINTERS", ())
+    absent = tuple(name for name in OPTIONAL if name not in present)
+    tensors = dict.fromkeys(("x_ptr", "dictionary_ptr", "encoder_ptr"), "*" + shape["dtype"])
+    types = {**PURSUIT_TYPES, **tensors, "entries_ptr": "*" + entries}
+    shown = {key: value for key, value in variant.items() if key != "POINTERS"}
+    shown |= {name.removesuffix("_ptr"): True for name in present}
     return Case(
-        kernel, function, {**shape, "entries": entries, **variant},
+        kernel, function, {**shape, "entries": entries, **shown},
         pointers(function, types, absent), {**switches, **layout, **dict.fromkeys(absent)}, options,
     )  # fmt: skip
+
+
+def variant_settings(variant: dict, k: int) -> Settings:
+    """Options of a call that runs a variant."""
+    return Settings(
+        k,
+        slices=torch.empty(0) if "slices_ptr" in variant.get("POINTERS", ()) else None,
+        stop_on_repeat=variant.get("STOP_ON_REPEAT", False),
+    )
+
+
+def pursuit_shapes(shapes: tuple) -> Iterator[tuple[dict, str, dict]]:
+    """Every variant with bf16 input and int16 entries, and the plain one with others."""
+    for n, d in shapes:
+        shape = {"n": n, "d": d, "k": 64, "dtype": "bf16"}
+        for variant in VARIANTS:
+            yield shape, "i16", variant
+        yield {**shape, "dtype": "fp32"}, "i16", {"STOP_ON_NORM": True}
+        yield shape, "fp32", {}
 
 
 def gram_pursuit_cases(arch: str) -> Iterator[Case]:
     """Register-resident pursuit over sizes, entry types and options."""
     function = gram_pursuit._gram_pursuit_kernel
-    shapes = [(1024, 64), (4096, 768), (8192, 768), (16384, 768), (16384, 2304), (32768, 2304)]
-    for (n, d), entries in itertools.product(shapes, ("i16", "fp32")):
-        if n > gram_pursuit.register_atoms(2 if entries == "i16" else 4, False, arch):
-            continue
-        for variant in VARIANTS if entries == "i16" else VARIANTS[:1]:
-            layout = gram_pursuit.block_layout(n, d, 64, 2 if entries == "i16" else 4)
-            yield pursuit_case(
-                "gram_pursuit", function, {"n": n, "d": d, "k": 64}, entries, variant, layout
-            )
+    shapes = ((1024, 64), (4096, 768), (8192, 768), (16384, 768), (16384, 2304), (32768, 2304))
+    for shape, entries, variant in pursuit_shapes(shapes):
+        layout = gram_pursuit.row_layout(
+            shape["n"], shape["d"], 2 if entries == "i16" else 4,
+            variant_settings(variant, shape["k"]), arch, triton_version(),
+        )  # fmt: skip
+        if layout is not None:
+            yield pursuit_case("gram_pursuit", function, shape, entries, variant, layout)
 
 
 def gram_chunked_cases(arch: str) -> Iterator[Case]:
     """Pursuit with rows in scratch."""
     function = gram_chunked._gram_chunked_kernel
-    for n, d in ((32768, 2304), (131072, 768)):
-        for entries in ("i16", "fp32"):
-            for variant in VARIANTS if entries == "i16" else VARIANTS[:1]:
-                layout = gram_chunked.chunk_layout(n, d, 64)
-                yield pursuit_case(
-                    "gram_chunked", function, {"n": n, "d": d, "k": 64}, entries, variant, layout
-                )
+    for shape, entries, variant in pursuit_shapes(((32768, 2304), (131072, 768))):
+        layout = gram_chunked.chunk_layout(shape["n"], shape["d"], shape["k"])
+        yield pursuit_case("gram_chunked", function, shape, entries, variant, layout)
 
 
 def gram_build_cases(arch: str) -> Iterator[Case]:
     """Both passes of the build, by input type and precision."""
-    precisions = [("fp32", "ieee"), ("fp32", "bf16x3"), ("bf16", "ieee"), ("fp16", "ieee")]
+    precisions = [("fp32", "ieee"), ("bf16", "ieee"), ("fp16", "ieee")]
     if arch != "hip":
         precisions.append(("fp32", "tf32x3"))
     for name, precision in precisions:
@@ -169,6 +199,15 @@ def gram_build_cases(arch: str) -> Iterator[Case]:
             "gram_row_max", function, {"dtype": name}, pointers(function, types),
             {"TIED": True, "HALVE": name == "fp32", **layout}, options,
         )  # fmt: skip
+
+
+def atom_norms_cases(arch: str) -> Iterator[Case]:
+    """Norms of a single wide atom, and of several narrow ones."""
+    function = gram_build._atom_norms_kernel
+    for d in (64, 2304):
+        types = {"dictionary_ptr": "*bf16", "encoder_ptr": "*bf16"}
+        layout = gram_build.norms_layout(d)
+        yield Case("atom_norms", function, {"d": d}, pointers(function, types), layout)
 
 
 def stream_cases(arch: str) -> Iterator[Case]:
@@ -206,6 +245,7 @@ def cases(arch: str) -> Iterator[Case]:
     yield from gram_pursuit_cases(arch)
     yield from gram_chunked_cases(arch)
     yield from gram_build_cases(arch)
+    yield from atom_norms_cases(arch)
     yield from stream_cases(arch)
 
 
@@ -287,38 +327,55 @@ def measure(case: Case, target_name: str) -> dict[str, Any]:
     return {
         **line, "num_warps": kernel.metadata.num_warps, "regs": regs, "spill_bytes": spill,
         "shared_bytes": shared, "fits": fits and shared <= SHARED_LIMIT[target.arch],
-        "wide_loads": wide, "tensor_core": tensor_core, "loads": loads,
-        "triton": triton.__version__,
+        "wide_loads": wide, "tensor_core": tensor_core, "triton": triton.__version__,
     }  # fmt: skip
 
 
+def shown(line: dict[str, Any]) -> str:
+    """One line in columns."""
+    config = " ".join(f"{key}={value}" for key, value in line["config"].items())
+    numbers = line.get("error") or (
+        f"{line['regs']:>4} regs {line['spill_bytes']:>4} spilt {line['shared_bytes']:>6} shared "
+        f"{line['num_warps']:>2} warps {line['tensor_core'] or ''}"
+    )
+    return f"{line['kernel']:<14} {line['target']:<10} {numbers:<55} {config}"
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; 1 where something did not compile."""
+    """Print the table; 1 where something did not compile, or with --check spills or does not fit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="JSON lines instead of columns")
+    parser.add_argument("--check", action="store_true", help="fail where registers are spilt")
+    parser.add_argument("--output", type=Path, help="write the table as JSON")
     parser.add_argument("--kernel", help="this kernel only")
     parser.add_argument("--target", nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--config", nargs="*", default=[], help="key=value that must be there")
     options = parser.parse_args(argv)
     wanted = dict(pair.split("=", 1) for pair in options.config)
-    failed = 0
+    table, failed = [], []
     for target in options.target:
         for case in selected(target, options.kernel, wanted):
             try:
                 line = measure(case, target)
+                bad = line["spill_bytes"] > allowed_spill(case) or not line["fits"]
+                bad = bad and options.check
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"[:300]
                 line = {"kernel": case.kernel, "config": case.config, "target": target,
                         "error": reason, "triton": triton.__version__}  # fmt: skip
-                failed = 1
-            if options.json:
-                print(json.dumps(line), flush=True)
-            else:
-                shown = {
-                    key: value for key, value in line.items() if key not in ("kernel", "loads")
-                }
-                print(line["kernel"], *(f"{k}={v}" for k, v in shown.items()), flush=True)
-    return failed
+                bad = True
+            table.append(line)
+            if bad:
+                failed.append(line)
+            print(json.dumps(line) if options.json else shown(line), flush=True)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text("[\n" + ",\n".join(map(json.dumps, table)) + "\n]\n")
+    if not options.json:
+        print(f"\nTriton {triton.__version__}: {len(table)} kernels, {len(failed)} failed")
+        for line in failed:
+            print(shown(line))
+    return bool(failed)
 
 
 if __name__ == "__main__":

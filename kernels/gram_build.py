@@ -23,7 +23,6 @@ from torch import Tensor
 from mpsae.kernels.pursuit_common import (
     UNIT_ROUNDOFF,
     Gram,
-    _atom_row,
     architecture,
     check_dictionary,
     dense_rows,
@@ -40,16 +39,24 @@ def _atom_norms_kernel(
     encoder_norm_ptr,     # [n] fp32
     dictionary_ptr,       # [n, d]
     encoder_ptr,          # [n, d]
-    d, stride_dictionary, stride_encoder,
-    BLOCK_D: tl.constexpr,
+    n, d, stride_dictionary, stride_encoder,
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    j = tl.program_id(0)
+    offs_j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
     offs_d = tl.arange(0, BLOCK_D)
-    atom = _atom_row(dictionary_ptr, j, stride_dictionary, offs_d, d)
-    code = _atom_row(encoder_ptr, j, stride_encoder, offs_d, d)
-    tl.store(diagonal_ptr + j, tl.sum(atom * code, axis=0))
-    tl.store(dictionary_norm_ptr + j, tl.sqrt(tl.sum(atom * atom, axis=0)))
-    tl.store(encoder_norm_ptr + j, tl.sqrt(tl.sum(code * code, axis=0)))
+    mask_j = offs_j < n
+    mask = mask_j[:, None] & (offs_d < d)[None, :]
+    # int64: j * stride wraps beyond 2^31 entries
+    rows = offs_j.to(tl.int64)[:, None]
+    atoms = tl.load(
+        dictionary_ptr + rows * stride_dictionary + offs_d[None, :], mask=mask, other=0.0
+    ).to(tl.float32)  # [BLOCK_J, BLOCK_D]
+    codes = tl.load(encoder_ptr + rows * stride_encoder + offs_d[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )  # [BLOCK_J, BLOCK_D]
+    tl.store(diagonal_ptr + offs_j, tl.sum(atoms * codes, axis=1), mask=mask_j)
+    tl.store(dictionary_norm_ptr + offs_j, tl.sqrt(tl.sum(atoms * atoms, axis=1)), mask=mask_j)
+    tl.store(encoder_norm_ptr + offs_j, tl.sqrt(tl.sum(codes * codes, axis=1)), mask=mask_j)
 
 
 @triton.jit
@@ -161,6 +168,12 @@ def padded(n: int) -> int:
     return triton.cdiv(n, 64) * 64
 
 
+def norms_layout(d: int) -> dict[str, int]:
+    """Atoms that a program measures: 4096 values, or a single atom."""
+    block_d = max(triton.next_power_of_2(d), 16)
+    return {"BLOCK_J": max(4096 // block_d, 1), "BLOCK_D": block_d}
+
+
 def tile_layout(dtype: torch.dtype, precision: str, arch: str) -> dict[str, int]:
     """Square tiles, as both triangles come from one; smaller where 128 would spill registers."""
     single = dtype == torch.float32
@@ -216,10 +229,10 @@ def build_gram(
 
     diagonal, dictionary_norm, encoder_norm = dictionary.new_empty(3, n, dtype=torch.float32)
     strides = dictionary.stride(0), encoder.stride(0)
-    _atom_norms_kernel[(n,)](
-        diagonal, dictionary_norm, encoder_norm, dictionary, encoder, d, *strides,
-        BLOCK_D=max(triton.next_power_of_2(d), 16),
-    )  # fmt: skip
+    layout = norms_layout(d)
+    _atom_norms_kernel[(triton.cdiv(n, layout["BLOCK_J"]),)](
+        diagonal, dictionary_norm, encoder_norm, dictionary, encoder, n, d, *strides, **layout
+    )
     largest = encoder_norm.max().reshape(1)
     norms = dictionary_norm * largest
     rounding = (sum_error(d) + (d / 8 + 8) * UNIT_ROUNDOFF) * norms

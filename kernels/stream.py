@@ -41,7 +41,7 @@ from mpsae.kernels.pursuit_common import (
 
 @triton.jit
 def _product(r, atoms, product, PRECISION: tl.constexpr):
-    """Add r . atoms^T to product for fp32 r ``[BLOCK_B, BLOCK_D]``, atoms ``[BLOCK_N, BLOCK_D]``."""
+    """Add r . atoms^T to product: fp32 ``[BLOCK_B, BLOCK_D]``, any ``[BLOCK_N, BLOCK_D]``."""
     if PRECISION == "split":
         atoms = tl.trans(atoms)
         high = r.to(tl.bfloat16)
