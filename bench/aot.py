@@ -342,7 +342,7 @@ def shown(line: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; 1 where something did not compile, or with --check spills or does not fit."""
+    """Print the table; 1 where something did not compile or, with --check, spills or is too big."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="JSON lines instead of columns")
     parser.add_argument("--check", action="store_true", help="fail where registers are spilt")

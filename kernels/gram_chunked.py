@@ -43,6 +43,7 @@ from mpsae.kernels.pursuit_common import (
     launch_options,
     product_error,
     sum_error,
+    tile_atoms,
 )
 
 
@@ -125,6 +126,7 @@ def _gram_chunked_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TILE_N: tl.constexpr,
 ):  # fmt: skip
     SLICED: tl.constexpr = slices_ptr is not None
     # below every score, see mpsae.kernels.gram_pursuit
@@ -173,7 +175,7 @@ def _gram_chunked_kernel(
                         again_ptr = correlation_ptr + row * stride_correlation
                         _correlate_all(
                             again_ptr, r, encoder_ptr, bias_ptr, n, d, stride_encoder, offs_d,
-                            TILE_N=4,
+                            TILE_N,
                         )  # fmt: skip
                         tl.debug_barrier()
                         top = float("-inf")
@@ -256,11 +258,13 @@ def _gram_chunked_kernel(
 
 def chunk_layout(n: int, d: int, k: int) -> dict[str, int]:
     """Block sizes, warps and registers: 8 correlations a thread, two programs a processor."""
+    block_d, warps = max(triton.next_power_of_2(d), 16), 8
     return {
         "BLOCK_N": min(2048, max(64, triton.next_power_of_2(n) // 4)),
-        "BLOCK_D": max(triton.next_power_of_2(d), 16),
+        "BLOCK_D": block_d,
         "BLOCK_K": max(triton.next_power_of_2(k), 16),
-        "num_warps": 8,
+        "TILE_N": tile_atoms(block_d, warps),
+        "num_warps": warps,
         "maxnreg": 128,
     }
 

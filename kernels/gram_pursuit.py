@@ -52,6 +52,7 @@ from mpsae.kernels.pursuit_common import (
     launch_options,
     product_error,
     sum_error,
+    tile_atoms,
     triton_version,
 )
 
@@ -98,6 +99,7 @@ def _gram_pursuit_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TILE_N: tl.constexpr,
 ):  # fmt: skip
     BLOCK_N: tl.constexpr = BLOCK_R * BLOCK_W
     SLICED: tl.constexpr = slices_ptr is not None
@@ -156,7 +158,7 @@ def _gram_pursuit_kernel(
                 if (8 * spent > n) & (bound > 4.0 * fresh):
                     _correlate_all(
                         correlation_row_ptr, r, encoder_ptr, bias_ptr, n, d, stride_encoder,
-                        offs_d, TILE_N=4,
+                        offs_d, TILE_N,
                     )  # fmt: skip
                     tl.debug_barrier()  # the row was written by other threads than read it
                     again = tl.load(correlation_row_ptr + offs_n, mask=offs_n < n, other=0.0)
@@ -252,6 +254,7 @@ def block_layout(n: int, d: int, k: int, itemsize: int) -> dict[str, int]:
         "BLOCK_W": block_w,
         "BLOCK_D": block_d,
         "BLOCK_K": max(triton.next_power_of_2(k), 16),
+        "TILE_N": tile_atoms(block_d, warps),
         "PREFETCH": block_n // warps <= 1024,
         "num_warps": warps,
     }

@@ -360,6 +360,11 @@ def launch_options(layout: dict[str, Any], arch: str) -> dict[str, Any]:
     return {name: value for name, value in layout.items() if nvidia or name != "maxnreg"}
 
 
+def tile_atoms(block_d: int, num_warps: int) -> int:
+    """Atoms that ``_correlate_all`` takes at a time: 32 values a thread."""
+    return max(1024 * num_warps // block_d, 1)
+
+
 def dense_rows(tensor: Tensor) -> Tensor:
     """Return the tensor where its last dimension is contiguous, else a copy that is."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -17,12 +17,15 @@ from mpsae.kernels.triton_pursuit import build_gram, choose
 triton_interpreter.repair()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:All-NaN:RuntimeWarning",  # numpy's word on rows that stop at once
-    "ignore:invalid value:RuntimeWarning",
-    "ignore:divide by zero:RuntimeWarning",
-    "ignore:overflow:RuntimeWarning",
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:All-NaN:RuntimeWarning",  # numpy's word on rows that stop at once
+        "ignore:invalid value:RuntimeWarning",
+        "ignore:divide by zero:RuntimeWarning",
+        "ignore:overflow:RuntimeWarning",
+    ),
+    *([pytest.mark.gpu] if DEVICE == "cuda" else []),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -218,6 +221,92 @@ def test_rows_that_are_not_finite_stay_in_bounds(method, options, bad):
     assert ((answer[3] >= 0) & (answer[3] <= 4)).all()
     keep = torch.tensor([0, 2], device=DEVICE)
     assert_pursuit(x[keep], dictionary, [part[keep] for part in answer], **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_correlated_atoms(method):
+    x, dictionary = problem(3, 32, 96, device=DEVICE)
+    # eight families: within a family atoms differ by a thousandth, some not at all
+    dictionary = dictionary[:8].repeat(12, 1) + 1e-3 * dictionary
+    dictionary[40:48] = dictionary[:8]
+    answer = pursue(x, dictionary, 6, method=method)
+    assert_pursuit(x, dictionary, answer)
+    if method in GRAM_METHODS:  # numpy's products of equal rows are not always equal
+        assert not ((answer[0] >= 40) & (answer[0] < 48)).any(), "a duplicate before its original"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_input_may_be_wider_than_weights(method):
+    x, dictionary = problem(3, 24, 130, device=DEVICE)
+    dictionary = dictionary.bfloat16()
+    answer = pursue(x, dictionary, 4, method=method)
+    assert assert_pursuit(x, dictionary, answer) > 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_may_be_strided(method):
+    x, dictionary = problem(4, 24, 70, device=DEVICE)
+    encoder = untied_like(dictionary)["encoder"]
+    plain = pursue(x, dictionary, 3, method=method, encoder=encoder)
+    strided = pursue(
+        torch.cat([x, x], 1)[:, :24],
+        torch.cat([dictionary, dictionary], 1)[:, 24:],
+        3,
+        method=method,
+        encoder=encoder.T.contiguous().T,
+    )
+    for one, other in zip(plain, strided, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("method", "like"), [("auto", "stream"), ("gram", "registers")])
+def test_gram_is_made_where_wanted(method, like):
+    x, dictionary = problem(2, 16, 70, device=DEVICE)
+    chosen = triton_pursuit.pursuit(x, dictionary, k=3, method=method)
+    for one, other in zip(chosen, pursue(x, dictionary, 3, method=like), strict=True):
+        assert torch.equal(one, other)
+
+
+LARGE = {"B": 65536, "d": 2304, "settings": Settings(85), "arch": "sm_90", "version": (3, 6)}
+
+
+@pytest.mark.parametrize(
+    ("change", "kernel"),
+    [
+        ({"n": 16384}, "registers"),
+        ({"n": 32768}, "registers"),
+        ({"n": 32768, "version": (3, 9)}, "chunked"),
+        ({"n": 32768, "arch": "sm_100"}, "chunked"),
+        ({"n": 32768, "entries": "fp32"}, "chunked"),
+        ({"n": 32768, "settings": Settings(85, stop_on_repeat=True)}, "chunked"),
+        ({"n": 32768, "settings": Settings(85, slices=torch.zeros(85, 2))}, "chunked"),
+        ({"n": 65536}, "chunked"),
+        ({"n": 65536, "memory_bytes": 2**33}, "stream"),
+        ({"n": 65536, "memory_bytes": 2**33, "gram_at_hand": True}, "chunked"),
+        ({"n": 16384, "B": 8}, "stream"),
+        ({"n": 16384, "B": 8, "gram_at_hand": True}, "registers"),
+        ({"n": 16384, "d": 9000}, "chunked"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str) else ",".join(map(str, value)),
+)
+def test_kernel_is_chosen_by_size(change, kernel):
+    choice = choose(**{**LARGE, **change})
+    assert choice.kernel == kernel
+    assert choice.reason
+
+
+def test_reason_is_given_where_kernels_cannot_run(monkeypatch):
+    assert triton_pursuit.available()
+    assert triton_pursuit.unavailable_reason() == ""
+    monkeypatch.setattr(triton_pursuit, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not triton_pursuit.available()
+    x, dictionary = problem(2, 16, 70)
+    with pytest.raises(RuntimeError, match="torch finds no GPU"):
+        triton_pursuit.pursuit(x, dictionary, k=2)
+    monkeypatch.setattr(triton_pursuit, "_missing", "Triton cannot be imported (none)")
+    with pytest.raises(RuntimeError, match="cannot be imported"):
+        build_gram(dictionary)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -30,26 +30,26 @@ def replayed_margins(x, dictionary, answer, *, encoder=None, bias=None, margin=M
     The lead of a step is by how much the best atom beats the next one; all in fp64, as parts of
     ||x|| max ||encoder||.
     """
-    indices, values, residual, steps = (tensor.cpu() for tensor in answer[:4])
+    indices, values, residual, steps = answer[:4]
     k_rows = options.pop("k_rows", None)
     slices = options.pop("slices", None)
     settings = PursuitOptions(k=indices.shape[1], **options)
-    x, dictionary = x.cpu().double(), dictionary.cpu().double()
-    encoder = dictionary if encoder is None else encoder.cpu().double()
+    x, dictionary = x.double(), dictionary.double()
+    encoder = dictionary if encoder is None else encoder.double()
     B, n = x.shape[0], len(dictionary)
     unit = x.norm(dim=1) * encoder.norm(dim=1).max()
     if bias is not None:
         unit = unit + bias.abs().max().item()
-    allowed = torch.full((B,), settings.k) if k_rows is None else k_rows.cpu().clamp(max=settings.k)
-    lead = torch.full((B,), float("inf"), dtype=torch.float64)
+    allowed = x.new_full((B,), settings.k) if k_rows is None else k_rows.clamp(max=settings.k)
+    lead = x.new_full((B,), float("inf"))
     r = x.clone()
-    over = torch.zeros(B, dtype=torch.bool)
+    over = torch.zeros(B, dtype=torch.bool, device=x.device)
     for t in range(settings.k):
         c = r @ encoder.T
         if bias is not None:
-            c = c + bias.cpu().double()
+            c = c + bias.double()
         banned = indices[:, : 0 if settings.allow_repeats else t]
-        window = None if slices is None else slices[t].cpu()
+        window = None if slices is None else slices[t]
         best, first = best_atom(c, settings.select, window, banned)
         others = torch.cat([banned, first[:, None]], 1)
         second, _ = best_atom(c, settings.select, window, others)
@@ -90,15 +90,15 @@ def assert_pursuit(x, dictionary, answer, *, encoder=None, bias=None, margin=MAR
     )
     k_rows, slices = options.pop("k_rows", None), options.pop("slices", None)
     expected = matching_pursuit(
-        x.cpu().double(),
-        dictionary.cpu().double(),
-        None if encoder is None else encoder.cpu().double(),
-        None if bias is None else bias.cpu().double(),
+        x.double(),
+        dictionary.double(),
+        None if encoder is None else encoder.double(),
+        None if bias is None else bias.double(),
         PursuitOptions(k=answer[0].shape[1], **options),
-        k_rows=None if k_rows is None else k_rows.cpu(),
-        slices=None if slices is None else slices.cpu(),
+        k_rows=k_rows,
+        slices=slices,
     )
     clear = lead > 2 * margin
-    assert torch.equal(answer[0].cpu()[clear], expected.indices[clear])
-    assert torch.equal(answer[3].cpu()[clear], expected.steps[clear])
+    assert torch.equal(answer[0][clear], expected.indices[clear])
+    assert torch.equal(answer[3][clear], expected.steps[clear])
     return clear.double().mean().item() if len(clear) else 1.0
