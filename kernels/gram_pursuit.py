@@ -194,15 +194,15 @@ def _gram_pursuit_kernel(
             r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, diagonal_ptr, d,
             stride_dictionary, stride_encoder, offs_d, correlation_threshold, TIED, SELECT,
         )  # fmt: skip
+        norm = 0.0
+        if CERTIFIED or STOP_ON_NORM:
+            norm = tl.sqrt(tl.sum(r * r, axis=0))
         shift = a * tl.load(scale_ptr + j)
         if not ALLOW_REPEATS:
             own = absent
         if not PREFETCH:
             gram_row = tl.load(gram_ptrs, mask=gram_mask & going, other=0)
         c = tl.where(block_r == (j - offs_w)[None, :], own, c - shift * gram_row.to(tl.float32))
-        norm = 0.0
-        if CERTIFIED or STOP_ON_NORM:
-            norm = tl.sqrt(tl.sum(r * r, axis=0))
         if CERTIFIED:
             bound = _grown_bound(
                 bound, a, error_ptr, j, norm, atom_norm, bias_norm_ptr, dot_error, roundoff
@@ -223,16 +223,15 @@ def _gram_pursuit_kernel(
 def register_atoms(itemsize: int, settings: Settings, arch: str, version: tuple[int, int]) -> int:
     """Most atoms whose correlations fit in a program's registers, by ``bench/aot.py``.
 
-    16384 everywhere: nothing is spilt (but on sm_100, where slices and a stop on repeats together
-    would). 32768 with int16 entries on sm_80 to sm_90 and a Triton that was looked at, without
-    slices and the stop on repeats: up to 40 bytes a thread are spilt there, a few constants of
-    the loop, where a row in memory would cost 8 n bytes a step.
+    Nothing is spilt up to the number given: 32768 with int16 entries on sm_90 with Triton 3.3 to
+    3.7, without slices and the stop on repeats (8 to 24 bytes a thread elsewhere); 16384 on
+    others, but for sm_100 where slices and the stop on repeats come together.
     """
     sliced = settings.slices is not None
     if arch.startswith("sm_1") and sliced and settings.stop_on_repeat:
         return 8192
-    known = arch in ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90") and version <= (3, 7)
-    if known and itemsize == 2 and not sliced and not settings.stop_on_repeat:
+    looked_at = arch == "sm_90" and version <= (3, 7)
+    if looked_at and itemsize == 2 and not sliced and not settings.stop_on_repeat:
         return 32768
     return 16384
 
@@ -245,7 +244,8 @@ def block_layout(n: int, d: int, k: int, itemsize: int) -> dict[str, int]:
     over BLOCK_R stays within a thread.
     """
     block_n = max(triton.next_power_of_2(n), 64)
-    block_d = max(triton.next_power_of_2(d), 16)
+    # a residual that is spread over 512 threads rather than kept by several leaves them registers
+    block_d = max(triton.next_power_of_2(d), 16 if block_n <= 16384 else 4096)
     per_thread = 32 if itemsize == 2 else 16
     warps = min(max(block_n // (32 * per_thread), 8 if block_d >= 4096 else 4), 16)
     block_w = min(block_n, 32 * warps * (16 // itemsize))

@@ -277,6 +277,7 @@ LARGE = {"B": 65536, "d": 2304, "settings": Settings(85), "arch": "sm_90", "vers
         ({"n": 32768}, "registers"),
         ({"n": 32768, "version": (3, 9)}, "chunked"),
         ({"n": 32768, "arch": "sm_100"}, "chunked"),
+        ({"n": 32768, "arch": "sm_80"}, "chunked"),
         ({"n": 32768, "entries": "fp32"}, "chunked"),
         ({"n": 32768, "settings": Settings(85, stop_on_repeat=True)}, "chunked"),
         ({"n": 32768, "settings": Settings(85, slices=torch.zeros(85, 2))}, "chunked"),
