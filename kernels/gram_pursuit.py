@@ -229,7 +229,7 @@ def register_atoms(itemsize: int, settings: Settings, arch: str, version: tuple[
     """
     sliced = settings.slices is not None
     if arch.startswith("sm_1") and sliced and settings.stop_on_repeat:
-        return 8192
+        return 1024
     looked_at = arch == "sm_90" and version <= (3, 7)
     if looked_at and itemsize == 2 and not sliced and not settings.stop_on_repeat:
         return 32768

@@ -192,7 +192,7 @@ def tile_layout(B: int, dtype: torch.dtype, arch: str) -> dict[str, Any]:
     layout = {
         "BLOCK_B": 128 if B > 64 else 16,
         "BLOCK_N": 128 if hopper or B <= 64 else 64,
-        "BLOCK_D": 64 if split and arch != "hip" else 32,
+        "BLOCK_D": 64 if split and hopper else 32,
         "PRECISION": "split" if split else "ieee" if arch == "hip" else "tf32x3",
     }
     wide = B > 64

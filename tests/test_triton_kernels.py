@@ -171,9 +171,10 @@ def test_near_ties_are_scored_again(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_exact_ties_go_to_the_lowest_index(method, select):
     generator = torch.Generator().manual_seed(0)
-    dictionary = torch.randint(-2, 3, (90, 16), generator=generator).float()
+    dictionary = torch.randint(-2, 3, (600, 16), generator=generator).float()
     x = torch.randint(-3, 4, (6, 16), generator=generator).float()
     dictionary[40:80] = dictionary[:40]
+    dictionary[128:600] = dictionary[:118].repeat(4, 1)  # in other tiles
     x[0] = 0
     # one step: later residuals are no small integers, as atoms have no unit norm
     answer = pursue(
@@ -281,6 +282,14 @@ LARGE = {"B": 65536, "d": 2304, "settings": Settings(85), "arch": "sm_90", "vers
         ({"n": 32768, "entries": "fp32"}, "chunked"),
         ({"n": 32768, "settings": Settings(85, stop_on_repeat=True)}, "chunked"),
         ({"n": 32768, "settings": Settings(85, slices=torch.zeros(85, 2))}, "chunked"),
+        (
+            {
+                "n": 4096,
+                "arch": "sm_100",
+                "settings": Settings(85, slices=torch.zeros(85, 2), stop_on_repeat=True),
+            },
+            "chunked",
+        ),
         ({"n": 65536}, "chunked"),
         ({"n": 65536, "memory_bytes": 2**33}, "stream"),
         ({"n": 65536, "memory_bytes": 2**33, "gram_at_hand": True}, "chunked"),
