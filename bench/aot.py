@@ -334,6 +334,25 @@ def shown(line: dict[str, Any]) -> str:
     return f"{line['kernel']:<14} {line['target']:<10} {numbers:<55} {config}"
 
 
+COLUMNS = (
+    "kernel", "target", "config", "regs", "spill_bytes", "shared_bytes", "num_warps", "fits",
+    "wide_loads", "tensor_core", "error",
+)  # fmt: skip
+
+
+def compact(table: list[dict[str, Any]]) -> str:
+    """Write the table as JSON, a row a line in the order of ``columns``."""
+    rows = []
+    for line in table:
+        config = " ".join(f"{key}={value}" for key, value in line["config"].items())
+        row = [config if name == "config" else line.get(name) for name in COLUMNS]
+        rows.append(json.dumps(row[:-1] if row[-1] is None else row))
+    body = ",\n".join(rows)
+    columns = json.dumps(COLUMNS)
+    version = json.dumps(triton.__version__)
+    return f'{{"triton": {version},\n"columns": {columns},\n"rows": [\n{body}\n]}}\n'
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the table; 1 where something did not compile or, with --check, spills or is too big."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -363,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(line) if options.json else shown(line), flush=True)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text("[\n" + ",\n".join(map(json.dumps, table)) + "\n]\n")
+        options.output.write_text(compact(table))
     if not options.json:
         print(f"\nTriton {triton.__version__}: {len(table)} kernels, {len(failed)} failed")
         for line in failed:
