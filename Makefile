@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint test-slow test-gpu bench-gpu aot clean
 
 demo: $(READY)
 	@echo "== demo: train MP and TopK SAEs on the embedded model and compare them"
@@ -13,6 +13,23 @@ demo: $(READY)
 test: $(READY)
 	@echo "== tests and doctests"
 	@$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	@echo "== slow tests: every kernel compiled for every target"
+	@$(BIN)/python -m pytest -m slow
+
+# no environment is made: the machine's python3 has to have torch, triton, numpy and pytest
+test-gpu:
+	@echo "== Triton kernels on the GPU"
+	@$(PYTHON) -m pytest -m gpu tests/test_triton_kernels.py tests/test_triton_gpu.py
+
+bench-gpu:
+	@echo "== Triton kernels timed on the GPU"
+	@$(PYTHON) bench/gpu.py
+
+aot: $(READY)
+	@echo "== Triton kernels compiled ahead of time: registers, spills, shared memory"
+	@$(BIN)/python bench/aot.py --check
 
 lint: $(READY)
 	@echo "== ruff and mypy"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpsae import reverse
-from mpsae.gram import GramCorrelations, TiledCorrelations, gram_matrix
+from mpsae.gram import GramCorrelations, TiledCorrelations, accumulation_dtype, gram_matrix
 from mpsae.gram_cache import Kept, cache
 from mpsae.plan import Plan, choose_backend, kernels, plan
 from mpsae.reference import Correlations, PursuitOptions, pursue
@@ -56,7 +56,7 @@ def record_pursuits() -> Iterator[list[PursuitRecord]]:
 
 
 class Problem(NamedTuple):
-    """The tensors of one pursuit: ``x [B, d]`` fp32 or fp64, weights of any floating dtype."""
+    """The tensors of one pursuit: ``x [B, d]`` and weights of any floating dtypes."""
 
     x: Tensor
     dictionary: Tensor
@@ -74,7 +74,7 @@ def run(
     problem: Problem, options: PursuitOptions, *, exact: bool, method: Any, backend: Any,
     training: bool,
 ) -> Found:  # fmt: skip
-    """Pursue: indices, values, residual, steps, rescored.
+    """Pursue: indices, values, residual, steps, rescored; fp32, fp64 for fp64.
 
     Args:
         problem: the tensors.
@@ -126,6 +126,12 @@ def differentiate(
     )
 
 
+def _widened(problem: Problem) -> Problem:
+    """Bring everything to the dtype in which it is computed."""
+    wide = accumulation_dtype(problem.x.dtype)
+    return _with_weights(problem._replace(x=problem.x.to(wide)), wide)
+
+
 def _with_weights(tensors: Any, dtype: torch.dtype) -> Any:
     """Bring dictionary, encoder and bias of a Problem or Reverse to a dtype."""
     weights = {name: getattr(tensors, name) for name in ("dictionary", "encoder", "bias")}
@@ -135,7 +141,7 @@ def _with_weights(tensors: Any, dtype: torch.dtype) -> Any:
 def _torch(
     problem: Problem, options: PursuitOptions, chosen: Plan, kept: Kept, exact: bool
 ) -> Found:
-    p = _with_weights(problem, problem.x.dtype)
+    p = _widened(problem)
     picker = p.dictionary if p.encoder is None else p.encoder
     source: Correlations
     if chosen.variant == "gram":
@@ -152,7 +158,7 @@ def _torch(
 
 
 def _cpu(problem: Problem, options: PursuitOptions, chosen: Plan, kept: Kept, exact: bool) -> Found:
-    kernel, p = kernels("cpu"), _with_weights(problem, problem.x.dtype)
+    kernel, p = kernels("cpu"), _widened(problem)
     prepared = kept.get("prepared", lambda: kernel.prepare(p.dictionary, p.encoder))
     gram = None
     if chosen.variant == "gram":
@@ -168,13 +174,16 @@ def _cpu(problem: Problem, options: PursuitOptions, chosen: Plan, kept: Kept, ex
 def _triton(
     problem: Problem, options: PursuitOptions, chosen: Plan, kept: Kept, exact: bool
 ) -> Found:
+    # 16-bit rows and weights go in as they are: their product runs on tensor cores
     kernel, p = kernels("triton_pursuit"), problem
+    if p.dictionary.dtype != p.x.dtype:
+        p = _with_weights(p._replace(x=p.x.float()), torch.float32)
     gram = None
     if chosen.method == "gram":
         gram = kept.get("gram/triton", lambda: kernel.build_gram(p.dictionary, p.encoder))
     return kernel.pursuit(
         p.x, p.dictionary, p.encoder, p.bias, gram, **_shared(p, options), certified=exact,
-        method=chosen.variant,
+        method=chosen.method,
     )  # fmt: skip
 
 

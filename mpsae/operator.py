@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mpsae import backends
+from mpsae.gram import accumulation_dtype
 from mpsae.reference import PursuitOptions
 from mpsae.reverse import Reverse
 
@@ -36,10 +37,11 @@ def pursuit(
     backend: str,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the pursuit on ``x [B, d]``, fp32 or fp64, see :func:`mpsae.matching_pursuit`.
+    """Run the pursuit on ``x [B, d]``, see :func:`mpsae.matching_pursuit`.
 
     Returns:
-        values ``[B, k]``, residual ``[B, d]`` (dtype of ``x``), indices ``[B, k]``, steps ``[B]``.
+        values ``[B, k]``, residual ``[B, d]`` (both fp32, fp64 for fp64), indices ``[B, k]``,
+        steps ``[B]``.
     """
     options = PursuitOptions(
         k=k,
@@ -55,15 +57,18 @@ def pursuit(
         indices, values, residual, steps, _ = backends.run(
             problem, options, exact=exact, method=method, backend=backend, training=training
         )
-    # an operator's results must not be its arguments
-    return values, residual.clone() if residual is x else residual, indices, steps
+    if residual is x:  # an operator's results must not be its arguments
+        residual = x.clone()
+    return values, residual.contiguous(), indices, steps
 
 
 @pursuit.register_fake
 def _(x, dictionary, encoder, bias, gram, k_rows, slices, k, *options):
     indices = x.new_empty(x.shape[0], k, dtype=torch.int64)
     steps = x.new_empty(x.shape[0], dtype=torch.int64)
-    return x.new_empty(x.shape[0], k), torch.empty_like(x), indices, steps
+    wide = accumulation_dtype(x.dtype)
+    values = x.new_empty(x.shape[0], k, dtype=wide)
+    return values, x.new_empty(x.shape, dtype=wide), indices, steps
 
 
 @torch.library.custom_op("mpsae::pursuit_backward", mutates_args=())
@@ -111,7 +116,8 @@ def _(grad_values, grad_residual, indices, values, residual, steps, dictionary, 
 
 
 def _setup_context(ctx, inputs, output):
-    _, dictionary, encoder, bias, *_ = inputs
+    x, dictionary, encoder, bias, *_ = inputs
+    ctx.dtype = x.dtype
     ctx.options = (inputs[12], inputs[13], inputs[16])  # select, detach_residual, backend
     values, residual, indices, steps = output
     ctx.mark_non_differentiable(indices, steps)
@@ -122,7 +128,7 @@ def _backward(ctx, grad_values, grad_residual, _grad_indices, _grad_steps):
     gradients = pursuit_backward(grad_values, grad_residual, *ctx.saved_tensors, *ctx.options)
     present = (True, True, *(t is not None for t in ctx.saved_tensors[-2:]))
     kept = [g if here else None for g, here in zip(gradients, present, strict=True)]
-    return (*kept, *[None] * 14)
+    return (gradients[0].to(ctx.dtype), *kept[1:], *[None] * 14)
 
 
 pursuit.register_autograd(_backward, setup_context=_setup_context)

@@ -90,6 +90,8 @@ def plan(
         if size < least:
             raise ValueError(f"{name} must be at least {least}, not {size}")
     device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r} cannot be planned for: torch finds no GPU here")
     chosen = choose_backend(device, dtype, method, backend)
     if method == "reference":
         return _costed(B, d, n, k, "reference", chosen, "asked for", False)
@@ -102,11 +104,11 @@ def plan(
                 f"method='gram' needs {_size(entry * n * n)} for the Gram matrix of {n} atoms, "
                 f"more than {MEMORY_SHARE:.0%} of the free memory ({_size(limit)})"
             )
-        variant, reason = _gram_variant(chosen, d, n, device), "asked for"
+        variant, reason = _gram_variant(chosen, d, n, k, device), "asked for"
     elif method == "stream":
         variant, reason = "stream", "asked for"
     else:
-        variant, reason = _choose(B, d, n, k, chosen, device, fits, training, gram_cached,
+        variant, reason = _choose(B, d, n, k, chosen, device, dtype, fits, training, gram_cached,
                                   earlier_steps)  # fmt: skip
     return _costed(B, d, n, k, variant, chosen, reason, gram_cached)
 
@@ -118,12 +120,13 @@ def _choose(
     k: int,
     backend: Backend,
     device: torch.device,
+    dtype: torch.dtype,
     fits: bool,
     training: bool,
     gram_cached: bool,
     earlier_steps: int,
 ) -> tuple[Variant, str]:
-    whole = _gram_variant(backend, d, n, device)
+    whole = _gram_variant(backend, d, n, k, device)
     if gram_cached:
         return whole, "the Gram matrix is at hand"
     if not fits:
@@ -147,15 +150,23 @@ def _choose(
         if best == "gram" or training or why:
             return best, words[best] + (f"; {why}" if why else "")
         return "gram", words["gram"] + ", and the next calls use it again"
+    if backend == "triton" and fits:
+        return _triton_choice(B, d, n, k, device, dtype=dtype)
     if why:
         return "stream", why
     return whole, f"{B * k} steps pay for the Gram matrix of {n} atoms"
 
 
-def _gram_variant(backend: Backend, d: int, n: int, device: torch.device) -> Variant:
+def _gram_variant(backend: Backend, d: int, n: int, k: int, device: torch.device) -> Variant:
+    """Say which kernel reads a Gram matrix at hand."""
     if backend != "triton":
         return "gram"
-    return kernels("triton_pursuit").choose_gram_kernel(d, n, device)
+    return _triton_choice(1, d, n, k, device, gram_at_hand=True).kernel
+
+
+def _triton_choice(B: int, d: int, n: int, k: int, device: torch.device, **known: Any) -> Any:
+    kernel = kernels("triton_pursuit")
+    return kernel.choose_on(device, B, d, n, kernel.Settings(k), **known)
 
 
 def _costed(
@@ -184,32 +195,30 @@ def choose_backend(
     Raises:
         ValueError: the one asked for cannot be had, with the reason.
     """
-    missing = {
-        "triton": _without_triton(device, dtype, method),
-        "cpu": _without_cpu(device, dtype, method),
-        "torch": "",
-    }
+    reasons = {"triton": _without_triton, "cpu": _without_cpu}
     if backend != "auto":
-        if missing[backend]:
-            raise ValueError(f"backend={backend!r} cannot be had: {missing[backend]}")
+        missing = reasons[backend](device, dtype, method) if backend in reasons else ""
+        if missing:
+            raise ValueError(f"backend={backend!r} cannot be had: {missing}")
         return backend
     native: Backend = "triton" if device.type == "cuda" else "cpu"
-    if not missing[native]:
+    missing = reasons[native](device, dtype, method)
+    if not missing:
         return native
     if method != "reference" and dtype != torch.float64 and device.type in ("cuda", "cpu"):
-        _log_once(f"slower torch operations in place of the {native} kernels: {missing[native]}")
+        _log_once(f"slower torch operations in place of the {native} kernels: {missing}")
     return "torch"
 
 
 def _without_triton(device: torch.device, dtype: torch.dtype, method: Method) -> str:
     if method == "reference":
         return "the reference is plain torch"
-    if device.type != "cuda":
-        return f"it needs a GPU, the tensors are on {device}"
     if dtype == torch.float64:
         return "it computes in fp32, the input is fp64"
     kernel = kernels("triton_pursuit")
-    return "" if kernel.available() else kernel.unavailable_reason()
+    if device.type != "cuda" and not (device.type == "cpu" and kernel.interpreted()):
+        return f"it needs a GPU, the tensors are on {device}"
+    return kernel.unavailable_reason()
 
 
 def _without_cpu(device: torch.device, dtype: torch.dtype, method: Method) -> str:
@@ -219,8 +228,7 @@ def _without_cpu(device: torch.device, dtype: torch.dtype, method: Method) -> st
         return f"it needs tensors on the CPU, not on {device}"
     if dtype == torch.float64:
         return "it computes in fp32, the input is fp64"
-    kernel = kernels("cpu")
-    return "" if kernel.available() else kernel.unavailable_reason()
+    return kernels("cpu").unavailable_reason()
 
 
 @lru_cache

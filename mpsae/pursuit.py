@@ -130,15 +130,16 @@ def matching_pursuit(
         select=select,
         detach_residual=detach_residual,
     )
-    rows = x.reshape(-1, d).to(accumulation_dtype(x.dtype))
+    rows = x.reshape(-1, d)
     if method == "reference":
-        choose_backend(x.device, rows.dtype, method, backend)
+        choose_backend(x.device, x.dtype, method, backend)
+        wide = accumulation_dtype(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             found = reference.matching_pursuit(
-                rows,
-                dictionary.to(rows.dtype),
-                None if encoder is None else encoder.to(rows.dtype),
-                None if bias is None else bias.to(rows.dtype),
+                rows.to(wide),
+                dictionary.to(wide),
+                None if encoder is None else encoder.to(wide),
+                None if bias is None else bias.to(wide),
                 options,
                 k_rows=k_rows,
                 slices=windows,

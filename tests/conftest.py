@@ -3,18 +3,25 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
-settings.register_profile(
-    "suite",
-    deadline=None,
-    derandomize=True,
-    max_examples=60,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-settings.load_profile("suite")
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # `make test-gpu` asks for torch, triton, numpy and pytest only
+    pass
+else:
+    settings.register_profile(
+        "suite",
+        deadline=None,
+        derandomize=True,
+        max_examples=60,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+    settings.load_profile("suite")
 torch.set_num_threads(1)  # the tensors of the tests are too small to share out
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    # Triton reads it once, when it is first imported, by whichever test or library of the process
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

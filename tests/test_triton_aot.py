@@ -1,0 +1,66 @@
+"""The Triton kernels compiled ahead of time for GPUs that are not here, by bench/aot.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
+
+
+def table(*arguments):
+    """Lines of bench/aot.py, run in a process whose Triton compiles instead of interpreting."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, ROOT / "bench" / "aot.py", "--json", "--check", *arguments],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def assert_fit(lines, kernel):
+    assert lines
+    for line in lines:
+        assert line["kernel"] == kernel
+        assert line["fits"], line
+        assert line["spill_bytes"] == 0, line
+
+
+@pytest.mark.parametrize("n", [4096, 16384])
+def test_rows_stay_in_registers(n):
+    config = ("entries=i16", "dtype=fp32", f"n={n}")
+    lines = table("--kernel", "gram_pursuit", "--target", "cuda:90", "--config", *config)
+    assert_fit(lines, "gram_pursuit")
+    assert all(line["wide_loads"] for line in lines)
+
+
+def test_stream_uses_tensor_cores():
+    lines = table("--kernel", "stream_argmax", "--target", "cuda:90", "--config", "B=4096")
+    assert_fit(lines, "stream_argmax")
+    assert {line["tensor_core"] for line in lines} == {"wgmma"}
+
+
+def test_gram_build_uses_tensor_cores():
+    lines = table("--kernel", "gram_build", "--target", "cuda:80", "--config", "dtype=bf16")
+    assert_fit(lines, "gram_build")
+    assert lines[0]["tensor_core"] == "mma"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "gram_pursuit", "gram_chunked", "gram_build", "gram_row_max", "atom_norms",
+        "stream_argmax", "stream_step",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_configuration_fits(kernel, target):
+    assert_fit(table("--kernel", kernel, "--target", target), kernel)
