@@ -216,8 +216,8 @@ def _gram_pursuit_kernel(
         indices_row_ptr, values_row_ptr, residual_ptr + row * d, r, t, d, k, offs_d, offs_k,
         BLOCK_K,
     )  # fmt: skip
-    # going is false by now: Triton 3.3 confuses the variables of a while loop (and mostly fails
-    # to compile it) where the condition is not used after it
+    # going is false by now: Triton 3.3 may fail to compile a while loop whose condition is
+    # not used after it
     tl.store(steps_ptr + row, (t + going.to(tl.int32)).to(tl.int64))
     tl.store(rescored_ptr + row, rescored.to(tl.int64))
 
