@@ -12,7 +12,8 @@ A line for each kernel, configuration and target:
     tensor_core   wgmma, mma, tcgen05, mfma or null
 Only what a launcher would use is compiled: configurations that go to another kernel are left out.
 What runs on a GPU is compiled from run-time arguments: pointers and integers are declared
-multiples of 16 here, as they are for padded tensors.
+multiples of 16 here, as they are for padded tensors. Triton 3.3 links for AMD with a ROCm
+installation only: name the CUDA targets there.
 """
 
 from __future__ import annotations

@@ -216,7 +216,9 @@ def _gram_pursuit_kernel(
         indices_row_ptr, values_row_ptr, residual_ptr + row * d, r, t, d, k, offs_d, offs_k,
         BLOCK_K,
     )  # fmt: skip
-    tl.store(steps_ptr + row, t.to(tl.int64))
+    # going is false by now: Triton 3.3 may fail to compile a while loop whose condition is
+    # not used after it
+    tl.store(steps_ptr + row, (t + going.to(tl.int32)).to(tl.int64))
     tl.store(rescored_ptr + row, rescored.to(tl.int64))
 
 
