@@ -1,7 +1,7 @@
 """The CPU kernel against SAELens' loop and against one dense product with topk.
 
     python bench/cpu.py            the shapes with the Gram matrix kept, and training
-    python bench/cpu.py --grid     all uncached shapes too (about 40 minutes on two cores)
+    python bench/cpu.py --grid     all uncached shapes too (about 25 minutes on two cores)
 
 Writes results/cpu.json (results/cpu_grid.json) and prints the table.
 """
