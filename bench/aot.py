@@ -248,8 +248,8 @@ def pursuit_backward_cases(arch: str) -> Iterator[Case]:
     for d, name, tied, atomic in itertools.product(
         (64, 768, 4096, 8192), ("bf16", "fp32"), (True, False), (True, False)
     ):
-        layout = pursuit_backward.row_layout(d)
-        options = {"num_warps": layout.pop("num_warps")}
+        layout = pursuit_backward.row_layout(d, arch)
+        options = {key: layout.pop(key) for key in ("num_warps", "maxnreg") if key in layout}
         types = {
             "dictionary_ptr": "*" + name, "encoder_ptr": "*" + name, "indices_ptr": "*i64",
             "steps_ptr": "*i64",
@@ -367,6 +367,7 @@ def measure(case: Case, target_name: str) -> dict[str, Any]:
         regs, spill = usage["REG"], usage["STACK"]
         loads = count(r"\b(?:LDG|LDGSTS|UTMALDG)(?:\.[A-Z0-9]+)*(?=\s)", code)
         wide = any("128" in name or "UTMALDG" in name for name in loads)
+        wide_atomics = bool(re.search(r"\bREDG?\.\S*F32x4", code))
         fits = regs * 32 * kernel.metadata.num_warps <= REGISTERS_PER_BLOCK
         code = kernel.asm["ptx"]
     else:
@@ -380,13 +381,13 @@ def measure(case: Case, target_name: str) -> dict[str, Any]:
         regs, spill = number["vgpr_count"], number["private_segment_fixed_size"]
         loads = count(r"\b(?:global|buffer)_load[a-z0-9_]*", code)
         wide = any("x4" in name for name in loads)
-        fits = True
+        wide_atomics, fits = False, True
     tensor_core = next((name for name, p in TENSOR_CORE.items() if re.search(p, code)), None)
     shared = kernel.metadata.shared
     return {
         **line, "num_warps": kernel.metadata.num_warps, "regs": regs, "spill_bytes": spill,
         "shared_bytes": shared, "fits": fits and shared <= SHARED_LIMIT[target.arch],
-        "wide_loads": wide, "wide_atomics": bool(re.search(r"\bred\.\S*\.v4\.f32", code)),
+        "wide_loads": wide, "wide_atomics": wide_atomics,
         "tensor_core": tensor_core, "triton": triton.__version__,
     }  # fmt: skip
 

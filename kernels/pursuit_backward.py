@@ -26,7 +26,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpsae.kernels.pursuit_common import _atom_row, check_dictionary, dense, dense_rows
+from mpsae.kernels.pursuit_common import (
+    _atom_row,
+    architecture,
+    check_dictionary,
+    dense,
+    dense_rows,
+)
 from mpsae.kernels.segments import segment_sum, sort_by_atom
 from mpsae.kernels.triton_pursuit import check_device
 
@@ -103,10 +109,14 @@ def _pursuit_backward_kernel(
     tl.store(grad_x_ptr + row * d + offs_d, g, mask=offs_d < d)
 
 
-def row_layout(d: int) -> dict[str, int]:
+def row_layout(d: int, arch: str) -> dict[str, int]:
     """Block and warps for rows of ``d`` values: 16 a thread up to d = 8192, nothing spilt."""
     block_d = max(triton.next_power_of_2(d), 16)
-    return {"BLOCK_D": block_d, "num_warps": min(max(block_d // 512, 1), 16)}
+    layout = {"BLOCK_D": block_d, "num_warps": min(max(block_d // 512, 1), 16)}
+    if arch.startswith("sm_8") and layout["num_warps"] <= 8:
+        # left to itself the compiler spills a value or two for one more program on a processor
+        layout["maxnreg"] = 96
+    return layout
 
 
 def pursuit_backward(
@@ -182,7 +192,8 @@ def pursuit_backward(
             None if grad_residual is None else grad_residual[part],
             None if grad_values is None else grad_values[part],
             n, d, k, dictionary.stride(0), readers.stride(0),
-            RELU=select == "relu", DETACH=detach_residual, ATOMIC=atomic, **row_layout(d),
+            RELU=select == "relu", DETACH=detach_residual, ATOMIC=atomic,
+            **row_layout(d, architecture(device)),
         )  # fmt: skip
 
     with torch.cuda.device_of(dictionary):
