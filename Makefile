@@ -27,6 +27,7 @@ test-gpu:
 bench-gpu:
 	@echo "== Triton kernels timed on the GPU"
 	@$(PYTHON) bench/gpu.py
+	@$(PYTHON) bench/gpu_backward.py
 
 aot: $(READY)
 	@echo "== Triton kernels compiled ahead of time: registers, spills, shared memory"
