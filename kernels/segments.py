@@ -6,7 +6,7 @@ The places are sorted by atom (stably, so that those of one atom keep their orde
 for each atom and tile of d adds them up in that order: no atomics, the same bits each time. An
 atom that many rows chose is one long sum by few programs; an atom that none chose costs a look.
 
-Bytes: 4 d read for each place, 8 d for each atom that occurs; 40 for each place by the sort.
+Bytes: 4 d read for each place, 8 d for each atom that occurs; some 50 for each place by the sort.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ def sparse_decode_backward(
         wanted. A place with value 0 has a gradient too.
 
     Notes:
-        4 d FLOP per row and latent. No host synchronisation. Deterministic, 40 bytes for each
+        4 d FLOP per row and latent. No host synchronisation. Deterministic, some 50 bytes for each
         place are allocated for the sort, otherwise nothing beside the results (with bounds, the
         sums of ``grad_y``). The gradient of the values is bit-reproducible in any case.
     """
