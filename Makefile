@@ -21,11 +21,13 @@ test-slow: $(READY)
 # no environment is made: the machine's python3 has to have torch, triton, numpy and pytest
 test-gpu:
 	@echo "== Triton kernels on the GPU"
-	@$(PYTHON) -m pytest -m gpu tests/test_triton_kernels.py tests/test_triton_gpu.py
+	@$(PYTHON) -m pytest -m gpu tests/test_triton_kernels.py tests/test_triton_gpu.py \
+		tests/test_triton_backward.py tests/test_triton_decode.py
 
 bench-gpu:
 	@echo "== Triton kernels timed on the GPU"
 	@$(PYTHON) bench/gpu.py
+	@$(PYTHON) bench/gpu_backward.py
 
 aot: $(READY)
 	@echo "== Triton kernels compiled ahead of time: registers, spills, shared memory"

@@ -9,6 +9,7 @@ A line for each kernel, configuration and target:
     shared_bytes  shared memory a program
     fits          whether the target has that much shared memory and as many registers
     wide_loads    whether global memory is read in 128-bit loads
+    wide_atomics  whether fp32 is added to global memory four at a time (not in the table)
     tensor_core   wgmma, mma, tcgen05, mfma or null
 Only what a launcher would use is compiled: configurations that go to another kernel are left out.
 What runs on a GPU is compiled from run-time arguments: pointers and integers are declared
@@ -40,7 +41,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mpsae.kernels import gram_build, gram_chunked, gram_pursuit, stream
+from mpsae.kernels import (
+    gram_build,
+    gram_chunked,
+    gram_pursuit,
+    pursuit_backward,
+    segments,
+    sparse_decode,
+    stream,
+)
 from mpsae.kernels.pursuit_common import Settings, launch_options, triton_version
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
@@ -234,6 +243,59 @@ def stream_cases(arch: str) -> Iterator[Case]:
     )  # fmt: skip
 
 
+def pursuit_backward_cases(arch: str) -> Iterator[Case]:
+    """Reverse walk over widths and dtypes, by atomics and in order."""
+    function = pursuit_backward._pursuit_backward_kernel
+    for d, name, tied, atomic in itertools.product(
+        (64, 768, 4096, 8192), ("bf16", "fp32"), (True, False), (True, False)
+    ):
+        layout = pursuit_backward.row_layout(d, arch)
+        options = {key: layout.pop(key) for key in ("num_warps", "maxnreg") if key in layout}
+        types = {
+            "dictionary_ptr": "*" + name, "encoder_ptr": "*" + name, "indices_ptr": "*i64",
+            "steps_ptr": "*i64",
+        }  # fmt: skip
+        absent = ("grad_encoder_ptr", "grad_bias_ptr") if tied else ()
+        switches = {"RELU": True, "DETACH": False, "ATOMIC": atomic, **dict.fromkeys(absent)}
+        yield Case(
+            "pursuit_backward", function, {"d": d, "dtype": name, "tied": tied, "atomic": atomic},
+            pointers(function, types, absent), {**switches, **layout}, options,
+        )  # fmt: skip
+
+
+def decode_cases(arch: str) -> Iterator[Case]:
+    """Decode and its gradients, of a single reconstruction and of prefixes; sums in order."""
+    for d, name, prefixes in itertools.product(
+        (64, 768, 4096, 8192), ("bf16", "fp32"), (False, True)
+    ):
+        types = {
+            "y_ptr": "*" + name, "dictionary_ptr": "*" + name, "indices_ptr": "*i64",
+            "bounds_ptr": "*i32", "prefix_ptr": "*i32", "prefixes": "i32",
+            "grad_y_ptr": "*fp32" if prefixes else "*" + name,
+        }  # fmt: skip
+        for kernel, function, optional, layout in (
+            ("sparse_decode", sparse_decode._sparse_decode_kernel, "bounds_ptr",
+             sparse_decode.tile_layout(32, d)),
+            ("sparse_decode_backward", sparse_decode._sparse_decode_backward_kernel, "prefix_ptr",
+             sparse_decode.row_layout(d)),
+        ):  # fmt: skip
+            absent = () if prefixes else (optional,)
+            options = {"num_warps": layout.pop("num_warps")}
+            yield Case(
+                kernel, function, {"d": d, "dtype": name, "prefixes": prefixes},
+                pointers(function, types, absent), {**layout, **dict.fromkeys(absent)}, options,
+            )  # fmt: skip
+    function = segments._segment_sum_kernel
+    for name, weighted in (("fp32", False), ("fp32", True), ("bf16", True)):
+        types = {"source_ptr": "*" + name, "row_ptr": "*i64", "starts_ptr": "*i64"}
+        absent = () if weighted else ("weight_ptr",)
+        sizes = {"BLOCK_P": segments.BLOCK_P, "BLOCK_D": segments.BLOCK_D}
+        yield Case(
+            "segment_sum", function, {"dtype": name, "weighted": weighted},
+            pointers(function, types, absent), {**sizes, **dict.fromkeys(absent)}, {"num_warps": 4},
+        )  # fmt: skip
+
+
 def cases(arch: str) -> Iterator[Case]:
     """Every kernel in every configuration."""
     yield from gram_pursuit_cases(arch)
@@ -241,6 +303,8 @@ def cases(arch: str) -> Iterator[Case]:
     yield from gram_build_cases(arch)
     yield from atom_norms_cases(arch)
     yield from stream_cases(arch)
+    yield from pursuit_backward_cases(arch)
+    yield from decode_cases(arch)
 
 
 def selected(target: str, kernel: str | None, wanted: dict[str, str]) -> Iterator[Case]:
@@ -262,7 +326,9 @@ def compile_case(case: Case, target: GPUTarget) -> Any:
     """Triton's compiled kernel."""
     names = case.function.arg_names
     aligned = [
-        i for i, name in enumerate(names) if case.signature[name][0] in "*i" and name not in "Bt"
+        i
+        for i, name in enumerate(names)
+        if case.signature[name][0] in "*i" and name not in ("B", "t", "prefixes")
     ]
     source = ASTSource(
         fn=case.function,
@@ -302,6 +368,7 @@ def measure(case: Case, target_name: str) -> dict[str, Any]:
         regs, spill = usage["REG"], usage["STACK"]
         loads = count(r"\b(?:LDG|LDGSTS|UTMALDG)(?:\.[A-Z0-9]+)*(?=\s)", code)
         wide = any("128" in name or "UTMALDG" in name for name in loads)
+        wide_atomics = bool(re.search(r"\bREDG?\.\S*F32x4", code))
         fits = regs * 32 * kernel.metadata.num_warps <= REGISTERS_PER_BLOCK
         code = kernel.asm["ptx"]
     else:
@@ -315,13 +382,14 @@ def measure(case: Case, target_name: str) -> dict[str, Any]:
         regs, spill = number["vgpr_count"], number["private_segment_fixed_size"]
         loads = count(r"\b(?:global|buffer)_load[a-z0-9_]*", code)
         wide = any("x4" in name for name in loads)
-        fits = True
+        wide_atomics, fits = False, True
     tensor_core = next((name for name, p in TENSOR_CORE.items() if re.search(p, code)), None)
     shared = kernel.metadata.shared
     return {
         **line, "num_warps": kernel.metadata.num_warps, "regs": regs, "spill_bytes": spill,
         "shared_bytes": shared, "fits": fits and shared <= SHARED_LIMIT[target.arch],
-        "wide_loads": wide, "tensor_core": tensor_core, "triton": triton.__version__,
+        "wide_loads": wide, "wide_atomics": wide_atomics,
+        "tensor_core": tensor_core, "triton": triton.__version__,
     }  # fmt: skip
 
 

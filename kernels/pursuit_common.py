@@ -370,6 +370,24 @@ def dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def dense(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Check a tensor and return it contiguous, in ``dtype``; integers only for integers."""
+    if tuple(tensor.shape) != shape or tensor.device != device:
+        raise ValueError(
+            f"{name} must be {list(shape)} on {device}, not {list(tensor.shape)} on {tensor.device}"
+        )
+    wanted = DTYPES if dtype.is_floating_point else (torch.int64, torch.int32)
+    if tensor.dtype not in wanted:
+        raise ValueError(f"{name} is {tensor.dtype}, not one of {wanted}")
+    return tensor.to(dtype).contiguous()
+
+
 def allocate_outputs(x: Tensor, k: int) -> Outputs:
     """Room for the results, not yet written."""
     B, d = x.shape

@@ -82,7 +82,8 @@ def available() -> bool:
     return not unavailable_reason()
 
 
-def _check_device(device: torch.device) -> None:
+def check_device(device: torch.device) -> None:
+    """Raise where the kernels cannot run on a device's tensors."""
     if reason := unavailable_reason():
         raise RuntimeError(reason)
     if device.type != "cuda" and not interpreted():
@@ -113,7 +114,7 @@ def build_gram(
         4 d n^2 FLOP (half where tied), 2 n^2 bytes (4 n^2 in fp32) and nothing else of that size.
         Bit-reproducible, no host synchronisation.
     """
-    _check_device(dictionary.device)
+    check_device(dictionary.device)
     with torch.cuda.device_of(dictionary):
         return gram_build.build_gram(dictionary, encoder, entries=entries)
 
@@ -244,7 +245,7 @@ def pursuit(
     References:
         Mallat & Zhang, 1993. Rubinstein et al., 2008 (Batch-OMP).
     """
-    _check_device(x.device)
+    check_device(x.device)
     if method not in _METHODS:
         raise ValueError(f"method must be one of {_METHODS}, not {method!r}")
     settings = Settings(

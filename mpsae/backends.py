@@ -114,8 +114,16 @@ def differentiate(
 ) -> reverse.Gradients:
     """Differentiate: x, dictionary, encoder and bias (``None`` where absent); `mpsae.reverse`."""
     dtype = found.residual.dtype
-    found = _with_weights(found, dtype)
     chosen = choose_backend(found.residual.device, dtype, "auto", backend)
+    weights = {t.dtype for t in (found.dictionary, found.encoder) if t is not None}
+    if chosen != "triton" or len(weights) > 1 or torch.float64 in weights:
+        found = _with_weights(found, dtype)
+    if chosen == "triton":  # 16-bit weights are read as they are
+        return kernels("pursuit_backward").pursuit_backward(
+            found.dictionary, found.encoder, *found[:4], grad_residual, grad_values,
+            bias=found.bias is not None, select=select, detach_residual=detach_residual,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
     if chosen == "cpu":
         return kernels("cpu").pursuit_backward(
             found.dictionary, found.encoder, *found[:4], grad_residual, grad_values,

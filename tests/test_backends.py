@@ -120,6 +120,40 @@ def test_triton_stands_behind_the_same_operator(method, options):
         assert_rms_close(actual.double(), expected, TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "in_order"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_triton_differentiates_behind_the_same_operator(monkeypatch, dtype, deterministic):
+    """Under the interpreter where there is no GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pytest.importorskip("triton")
+    importlib.import_module("triton_interpreter").repair()
+    module, calls = kernels("pursuit_backward"), []
+    kernel = module.pursuit_backward
+
+    def spy(dictionary, *rest, **options):
+        calls.append((dictionary.dtype, options["deterministic"]))
+        return kernel(dictionary, *rest, **options)
+
+    monkeypatch.setattr(module, "pursuit_backward", spy)
+    x, dictionary = problem(6, 24, 70, dtype)
+    given = [x, dictionary, dictionary * 1.125, torch.full((70,), 0.125, dtype=dtype)]
+    narrow = [t.to(device).requires_grad_() for t in given]
+    wide = [t.detach().to(device).double().requires_grad_() for t in given]
+    p = matching_pursuit(*narrow[:2], 5, encoder=narrow[2], bias=narrow[3], backend="triton")
+    q = matching_pursuit(*wide[:2], 5, encoder=wide[2], bias=wide[3], method="reference")
+    assert torch.equal(p.indices, q.indices)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        (p.residual.double().square().sum() + p.values.double().sum()).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    (q.residual.square().sum() + q.values.sum()).backward()
+    assert calls == [(dtype, deterministic)]
+    for actual, expected in zip(narrow, wide, strict=True):
+        assert actual.grad.dtype == dtype
+        assert_rms_close(actual.grad.double(), expected.grad, TOLERANCE[dtype])
+
+
 def updates():
     def step(sae_dictionary):
         optimizer = torch.optim.Adam([sae_dictionary], lr=0.1)

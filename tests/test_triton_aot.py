@@ -53,12 +53,27 @@ def test_gram_build_uses_tensor_cores():
     assert lines[0]["tensor_core"] == "mma"
 
 
+def test_gradients_are_added_four_at_a_time():
+    lines = table("--kernel", "pursuit_backward", "--target", "cuda:90", "--config", "d=4096")
+    assert_fit(lines, "pursuit_backward")
+    assert {line["config"]["atomic"]: line["wide_atomics"] for line in lines} == {
+        True: True, False: False,
+    }  # fmt: skip
+
+
+def test_decode_fits():
+    for kernel in ("sparse_decode", "sparse_decode_backward"):
+        config = ("d=4096", "dtype=bf16")
+        assert_fit(table("--kernel", kernel, "--target", "cuda:90", "--config", *config), kernel)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kernel",
     [
         "gram_pursuit", "gram_chunked", "gram_build", "gram_row_max", "atom_norms",
-        "stream_argmax", "stream_step",
+        "stream_argmax", "stream_step", "pursuit_backward", "sparse_decode",
+        "sparse_decode_backward", "segment_sum",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("target", TARGETS)
