@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mpsae.kernels.cpu_backward import pursuit_backward
+from mpsae.kernels.cpu_decode import sparse_decode, sparse_dot, sparse_scatter
 from mpsae.kernels.cpu_extension import (
     available,
     dense,
@@ -65,6 +66,9 @@ __all__ = [
     "instruction_set",
     "prepare",
     "pursuit_backward",
+    "sparse_decode",
+    "sparse_dot",
+    "sparse_scatter",
     "unavailable_reason",
 ]
 
