@@ -43,6 +43,7 @@ from mpsae.kernels.cpu_gram import (
     checked_prepared,
     prepare,
 )
+from mpsae.kernels.cpu_largest import largest
 from mpsae.kernels.cpu_methods import (
     Method,
     Outputs,
@@ -64,6 +65,7 @@ __all__ = [
     "choose_method",
     "gram_pursuit",
     "instruction_set",
+    "largest",
     "prepare",
     "pursuit_backward",
     "sparse_decode",

@@ -1,11 +1,11 @@
-"""The compiled kernels behind the operators of :mod:`mpsae.decode`, registered when imported."""
+"""The compiled kernels behind sparse sums and selection, registered when imported."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mpsae import decode
+from mpsae import decode, largest
 from mpsae.plan import choose_backend, kernels
 
 
@@ -35,3 +35,10 @@ def _(indices: Tensor, values: Tensor, x: Tensor, n: int) -> Tensor:
     if not _compiled(values, x):
         return decode.scatter_in_torch(indices, values, x, n)
     return kernels("cpu").sparse_scatter(indices, values.float(), x.float(), n).to(x.dtype)
+
+
+@largest.largest.register_kernel("cpu")
+def _(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if rows.dtype != torch.float32 or not _compiled(rows):
+        return largest.largest_in_torch(rows, k)
+    return kernels("cpu").largest(rows, k)

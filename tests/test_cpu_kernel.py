@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import instruction_sets
 
 from mpsae import reference
 from mpsae.kernels import cpu, cpu_gram, cpu_methods
@@ -19,18 +20,6 @@ METHODS = ["gram", "lazy", "stream"]
 MARGIN = 1e-10
 # values and residual are returned in fp32; 2**-24 of the largest number in the sum
 ROUNDING = 2e-7
-
-
-def instruction_sets() -> list[str]:
-    if not cpu.available():
-        return [""]
-    names = []
-    for name in ("avx512", "avx2", "plain"):
-        try:
-            names.append(cpu.instruction_set(name)[0])
-        except ValueError:  # not of this CPU
-            continue
-    return names
 
 
 ISAS = instruction_sets()

@@ -6,23 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import TOLERANCE, assert_rms_close
+from problems import TOLERANCE, assert_rms_close, instruction_sets
 
 from mpsae import compiled, decode
 from mpsae.kernels import cpu
 from mpsae.sparse import SparseCode, sparse_decode
 
 COMPILED = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
-
-
-def instruction_sets():
-    names = []
-    for name in ("avx512", "avx2", "plain") if cpu.available() else ():
-        try:
-            names.append(cpu.instruction_set(name)[0])
-        except ValueError:  # not of this CPU
-            continue
-    return names or [""]
 
 
 ISAS = instruction_sets()

@@ -58,4 +58,18 @@ void decode_scatter(const Sparse& q, float* sums, int64_t threads, const Functio
   });
 }
 
+bool largest(const float* rows, int64_t B, int64_t n, int64_t k, int64_t* indices, float* values,
+             int64_t threads, const Functions& f) {
+  const int64_t room = 4 * k + 256;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> whole{true};
+  parallel(threads, [&](int64_t) {
+    Buffer<Candidate> held(room);
+    for (int64_t b; (b = next.fetch_add(1)) < B;)
+      if (!f.largest_of_row(rows + b * n, n, k, held.get(), room, indices + b * k, values + b * k))
+        whole = false;
+  });
+  return whole;
+}
+
 }  // namespace mpsae

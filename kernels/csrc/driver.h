@@ -146,5 +146,9 @@ void decode(const Sparse& q, float* y, int64_t threads, const Functions& f);
 void decode_dots(const Sparse& q, float* products, int64_t threads, const Functions& f);
 // sums [n, d]: for each atom the x that chose it, weighted by the values, added up
 void decode_scatter(const Sparse& q, float* sums, int64_t threads, const Functions& f);
+// the k largest of each row of [B, n], largest first; false where a row has fewer than k that are
+// not NaN
+bool largest(const float* rows, int64_t B, int64_t n, int64_t k, int64_t* indices, float* values,
+             int64_t threads, const Functions& f);
 
 }  // namespace mpsae

@@ -275,6 +275,23 @@ PyObject* sparse(PyObject*, PyObject* args) {
   return none_if(unlocked([&] { Sum(q, at<float>(out), threads, *f); }));
 }
 
+PyObject* find_largest(PyObject*, PyObject* args) {
+  Address rows, indices, values;
+  long long B, n, k, threads;
+  const char* isa;
+  if (!PyArg_ParseTuple(args, "KLLLKKLs", &rows, &B, &n, &k, &indices, &values, &threads, &isa))
+    return nullptr;
+  const Functions* f = functions_named(isa);
+  if (!f) return nullptr;
+  bool whole = false;
+  if (!unlocked([&] {
+        whole = largest(at<const float>(rows), B, n, k, at<int64_t>(indices), at<float>(values),
+                        threads, *f);
+      }))
+    return nullptr;
+  return PyBool_FromLong(whole);
+}
+
 PyObject* advise(PyObject*, PyObject* args) {
   Address address;
   long long bytes;
@@ -298,6 +315,7 @@ PyMethodDef methods[] = {
     {"decode", sparse<decode>, METH_VARARGS, "chosen atoms added up"},
     {"decode_dots", sparse<decode_dots>, METH_VARARGS, "products with the chosen atoms"},
     {"decode_scatter", sparse<decode_scatter>, METH_VARARGS, "rows added up by chosen atom"},
+    {"largest", find_largest, METH_VARARGS, "k largest of each row; false where NaN is in the way"},
     {"large_pages", advise, METH_VARARGS, "advise large pages"},
     {nullptr, nullptr, 0, nullptr}};
 

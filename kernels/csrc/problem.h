@@ -86,6 +86,11 @@ struct Backward {
   float* grad_bias;        // [n], zero at the start, or null
 };
 
+struct Candidate {
+  float value;
+  int64_t index;
+};
+
 struct Sparse {
   const int64_t* indices;   // [B, k], from 0 to n - 1
   const float* values;      // [B, k], those of 0 are skipped
@@ -120,6 +125,8 @@ struct Functions {
                   int64_t count, float* out);
   void (*dots)(const float* rows, int64_t d, const int64_t* index, int64_t count, const float* x,
                float* out);
+  bool (*largest_of_row)(const float* row, int64_t n, int64_t k, Candidate* held, int64_t room,
+                         int64_t* indices, float* values);
 };
 
 extern const Functions plain_functions;

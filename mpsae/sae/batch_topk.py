@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpsae.largest import largest
 from mpsae.sae.topk import TopKConfig, TopKSAE
 from mpsae.sparse import SparseCode
 
@@ -66,10 +67,11 @@ class BatchTopKSAE(TopKSAE):
     def _choose(self, rows: Tensor) -> SparseCode:
         if self.training or self.threshold < 0:
             count = min(self.config.k * rows.shape[0], rows.numel())
-            top = rows.flatten().topk(count, sorted=False)
-            kept = top.indices[top.values > 0].sort().values
+            values, indices = largest(rows.reshape(1, -1), count)
+            positive = values > 0
+            kept = indices[positive].sort().values
             if self.training and len(kept):
-                self._learn_threshold(top.values[top.values > 0].min())
+                self._learn_threshold(values[positive][-1])
         else:
             kept = (rows > self.threshold).flatten().nonzero()[:, 0]
         return _pack(rows, kept)

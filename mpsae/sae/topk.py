@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mpsae.largest import largest
 from mpsae.sae.base import SAEConfig, SparseAutoencoder
 from mpsae.sae.latents import chosen_latents
 from mpsae.sparse import SparseCode
@@ -45,8 +46,10 @@ class TopKSAE(SparseAutoencoder):
     def encode(self, x: Tensor) -> SparseCode:
         """Keep the k largest latents of each row of ``[..., d_in]``, largest first."""
         with torch.no_grad():
-            top = self.latents(x).topk(self.config.k, dim=-1)
-        return self._with_gradient(x, SparseCode(top.indices, top.values))
+            latents = self.latents(x)
+            values, indices = largest(latents.reshape(-1, latents.shape[-1]), self.config.k)
+        shape = (*x.shape[:-1], self.config.k)
+        return self._with_gradient(x, SparseCode(indices.reshape(shape), values.reshape(shape)))
 
     def latents(self, x: Tensor) -> Tensor:
         """All latents before selection, ``[..., d_sae]``."""
