@@ -26,7 +26,7 @@ class _Chosen(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, encoder, indices, values = ctx.saved_tensors
-        grad = torch.where(values > 0, grad, 0).to(encoder.dtype)
+        grad = torch.where(values > 0, grad, 0)
         to_x = to_encoder = to_bias = None
         if ctx.needs_input_grad[0]:
             to_x = decode.sparse_decode(indices, grad, encoder).to(x.dtype)
