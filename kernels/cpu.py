@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mpsae.kernels.cpu_backward import pursuit_backward
+from mpsae.kernels.cpu_decode import sparse_decode, sparse_dot, sparse_scatter
 from mpsae.kernels.cpu_extension import (
     available,
     dense,
@@ -42,6 +43,7 @@ from mpsae.kernels.cpu_gram import (
     checked_prepared,
     prepare,
 )
+from mpsae.kernels.cpu_largest import largest
 from mpsae.kernels.cpu_methods import (
     Method,
     Outputs,
@@ -63,8 +65,12 @@ __all__ = [
     "choose_method",
     "gram_pursuit",
     "instruction_set",
+    "largest",
     "prepare",
     "pursuit_backward",
+    "sparse_decode",
+    "sparse_dot",
+    "sparse_scatter",
     "unavailable_reason",
 ]
 

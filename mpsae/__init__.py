@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+import mpsae.compiled  # noqa: F401  registers the compiled kernels
 from mpsae.backends import record_pursuits
 from mpsae.gram import gram_matrix
 from mpsae.plan import Plan, plan

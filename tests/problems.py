@@ -2,6 +2,8 @@
 
 import torch
 
+from mpsae.kernels import cpu
+
 # RMS of the difference over RMS of the expected, by dtype of the inputs: fp64 has rounding only
 # (1e-16 a term, some hundred terms); fp32 likewise at 6e-8; 16-bit results are rounded once.
 TOLERANCE = {
@@ -35,3 +37,14 @@ def assert_rms_close(actual, expected, tolerance):
         assert rms_ratio(actual, expected) <= tolerance
     else:
         assert (actual == 0).all()
+
+
+def instruction_sets():
+    """Names of those that the compiled extension can use here."""
+    names = []
+    for name in ("avx512", "avx2", "plain") if cpu.available() else ():
+        try:
+            names.append(cpu.instruction_set(name)[0])
+        except ValueError:  # not of this CPU
+            continue
+    return names or [""]

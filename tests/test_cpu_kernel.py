@@ -1,12 +1,14 @@
 """The compiled CPU kernel against the reference in fp64, run on the same fp32 numbers."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from cpu_problems import Problem, gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import instruction_sets
 
 from mpsae import reference
 from mpsae.kernels import cpu, cpu_gram, cpu_methods
@@ -21,83 +23,7 @@ MARGIN = 1e-10
 ROUNDING = 2e-7
 
 
-def instruction_sets() -> list[str]:
-    if not cpu.available():
-        return [""]
-    names = []
-    for name in ("avx512", "avx2", "plain"):
-        try:
-            names.append(cpu.instruction_set(name)[0])
-        except ValueError:  # not of this CPU
-            continue
-    return names
-
-
 ISAS = instruction_sets()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The threads of a team wait for each other: on busy cores that takes ten times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@dataclass
-class Problem:
-    x: torch.Tensor
-    dictionary: torch.Tensor
-    options: reference.PursuitOptions
-    encoder: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-    k_rows: torch.Tensor | None = None
-    slices: torch.Tensor | None = None
-
-    def reference(self, dtype=torch.float64):
-        def cast(tensor):
-            return None if tensor is None else tensor.to(dtype)
-
-        return reference.matching_pursuit(
-            cast(self.x),
-            cast(self.dictionary),
-            cast(self.encoder),
-            cast(self.bias),
-            self.options,
-            k_rows=self.k_rows,
-            slices=self.slices,
-        )
-
-    def kernel(self, method="gram", entries="int16", isa="", **more):
-        gram = None
-        if method == "gram":
-            gram = cpu.build_gram(self.dictionary, self.encoder, entries=entries, isa=isa)
-        o = self.options
-        return cpu.gram_pursuit(
-            self.x, self.dictionary, self.encoder, self.bias, gram,
-            k=o.k, k_rows=self.k_rows, slices=self.slices,
-            residual_threshold=o.residual_threshold, correlation_threshold=o.threshold,
-            stop_on_repeat=o.stop_on_repeat, allow_repeats=o.allow_repeats, select=o.select,
-            method=method, isa=isa, **more,
-        )  # fmt: skip
-
-
-def gaussian(B, d, n, seed, untied=False, bias=False, **options) -> Problem:
-    g = torch.Generator().manual_seed(seed)
-
-    def atoms():
-        # norms drift in training: between 0.9 and 1.1
-        rows = torch.nn.functional.normalize(torch.randn(n, d, generator=g), dim=1)
-        return rows * (0.9 + 0.2 * torch.rand(n, 1, generator=g))
-
-    return Problem(
-        torch.randn(B, d, generator=g),
-        atoms(),
-        reference.PursuitOptions(**options),
-        encoder=atoms() if untied else None,
-        bias=torch.randn(n, generator=g) * 0.05 if bias else None,
-    )
 
 
 def integers(B, d, n, seed, untied=False, bias=False, **options) -> Problem:
@@ -526,86 +452,3 @@ def test_what_was_prepared_for_another_size_is_refused():
     prepared = cpu.prepare(problem.dictionary[:200])
     with pytest.raises(ValueError, match=r"prepared.packed is \[5376\], expected \[7680\]"):
         problem.kernel("stream", prepared=prepared)
-
-
-def gradients(problem, seed=0):
-    """A pursuit in fp64 with random gradients of its residual and values, carried back."""
-    leaves = {
-        name: getattr(problem, name).double().requires_grad_()
-        for name in ("x", "dictionary", "encoder", "bias")
-        if getattr(problem, name) is not None
-    }
-    p = replace(problem, **leaves).reference()
-    g = torch.Generator().manual_seed(seed)
-    upstream = torch.randn(p.residual.shape, generator=g), torch.randn(p.values.shape, generator=g)
-    loss = (p.residual * upstream[0]).sum() + (p.values * upstream[1]).sum()
-    made = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return p, upstream, dict(zip(leaves, made, strict=True))
-
-
-def backward(problem, p, upstream, **more):
-    names = ("x", "dictionary", "encoder", "bias")
-    made = cpu.pursuit_backward(
-        problem.dictionary, problem.encoder, p.indices, p.values.detach().float(),
-        p.residual.detach().float(), p.steps, *upstream, bias=problem.bias is not None,
-        select=problem.options.select, detach_residual=problem.options.detach_residual, **more,
-    )  # fmt: skip
-    return {name: g for name, g in zip(names, made, strict=True) if g is not None}
-
-
-@given(
-    st.integers(0, 20),
-    st.integers(1, 70),
-    st.integers(1, 90),
-    st.integers(1, 20),
-    st.sampled_from(["relu", "max", "abs"]),
-    st.booleans(),
-    st.booleans(),
-    st.booleans(),
-    st.sampled_from(ISAS),
-    st.integers(1, 4),
-)
-def test_backward_equals_autograd(B, d, n, k, select, untied, bias, detach, isa, n_threads):
-    options = {"k": k, "select": select, "detach_residual": detach}
-    problem = gaussian(B, d, n, seed=B, untied=untied, bias=bias, **options)
-    problem.k_rows = torch.arange(B) % (k + 1)
-    p, upstream, expected = gradients(problem)
-    ours = backward(problem, p, upstream, isa=isa, n_threads=n_threads)
-    assert ours.keys() == expected.keys()
-    for name, theirs in expected.items():
-        theirs = torch.zeros_like(ours[name]).double() if theirs is None else theirs
-        # the gradient grows with the number of steps where norms are above 1
-        assert (ours[name] - theirs).norm() <= 1e-5 * theirs.norm() + 1e-12
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
-def test_backward_is_the_same_for_any_number_of_threads(isa, untied):
-    problem = gaussian(200, 77, 60, seed=14, untied=untied, bias=True, k=12)
-    p, upstream, _ = gradients(problem)
-    first = backward(problem, p, upstream, isa=isa, n_threads=1)
-    for n_threads in (1, 2, 3, 64):
-        again = backward(problem, p, upstream, isa=isa, n_threads=n_threads)
-        assert all(torch.equal(first[name], again[name]) for name in first)
-
-
-def test_backward_without_a_gradient_takes_it_as_zero():
-    problem = gaussian(10, 20, 30, seed=15, k=6)
-    p, (of_residual, of_values), _ = gradients(problem)
-    for missing in (0, 1):
-        given = [of_residual, of_values]
-        given[missing] = None
-        filled = [of_residual, of_values]
-        filled[missing] = torch.zeros_like(filled[missing])
-        ours, theirs = backward(problem, p, given), backward(problem, p, filled)
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_backward_refuses_indices_outside_of_the_dictionary():
-    problem = gaussian(4, 6, 9, seed=16, k=2)
-    p, upstream, _ = gradients(problem)
-    for bad in (-1, 9):
-        with pytest.raises(ValueError, match=r"indices goes from .* the range is 0 to 8"):
-            backward(problem, p._replace(indices=torch.full_like(p.indices, bad)), upstream)
-    with pytest.raises(ValueError, match=r"steps goes from 3 to 3, the range is 0 to 2"):
-        backward(problem, p._replace(steps=torch.full_like(p.steps, 3)), upstream)

@@ -24,7 +24,9 @@ def test_normalising_restores_unit_norm_in_place(seed, scale):
     torch.testing.assert_close(sae.dictionary[others], directions[others])
 
 
-def test_the_parallel_part_of_the_gradient_is_removed_and_no_more():
+@pytest.mark.parametrize("part", [1, 5 * D, 2**19])
+def test_the_parallel_part_of_the_gradient_is_removed_and_no_more(part, monkeypatch):
+    monkeypatch.setattr("mpsae.sae.base._PART", part)
     sae = shaken("matching_pursuit")  # norms are not 1: the projection may not count on it
     gradient = rows(N, seed=1)
     sae.dictionary.grad = gradient.clone()

@@ -140,5 +140,15 @@ void quantise_rows(const float* product, int64_t rows, int64_t n, int64_t produc
                    float* scale, float* diagonal, float* error, int64_t threads,
                    const Functions& f);
 void reverse(const Backward& q, int64_t threads, const Functions& f);
+// y [B, d]: the chosen atoms, weighted by the values, added up
+void decode(const Sparse& q, float* y, int64_t threads, const Functions& f);
+// products [B, k] of x with the chosen atoms
+void decode_dots(const Sparse& q, float* products, int64_t threads, const Functions& f);
+// sums [n, d]: for each atom the x that chose it, weighted by the values, added up
+void decode_scatter(const Sparse& q, float* sums, int64_t threads, const Functions& f);
+// the k largest of each row of [B, n], largest first; false where a row has fewer than k that are
+// not NaN
+bool largest(const float* rows, int64_t B, int64_t n, int64_t k, int64_t* indices, float* values,
+             int64_t threads, const Functions& f);
 
 }  // namespace mpsae

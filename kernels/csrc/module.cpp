@@ -253,6 +253,45 @@ PyObject* backward(PyObject*, PyObject* args) {
   return none_if(unlocked([&] { reverse(q, threads, *f); }));
 }
 
+// The three sums over pairs take the same arguments: the factor that is made stands last.
+template <void (*Sum)(const Sparse&, float*, int64_t, const Functions&)>
+PyObject* sparse(PyObject*, PyObject* args) {
+  Address indices, values, x, dictionary, out;
+  long long B, d, n, k, threads;
+  const char* isa;
+  if (!PyArg_ParseTuple(args, "KKKKLLLLKLs", &indices, &values, &x, &dictionary, &B, &d, &n, &k,
+                        &out, &threads, &isa))
+    return nullptr;
+  const Functions* f = functions_named(isa);
+  if (!f) return nullptr;
+  const Sparse q = {at<const int64_t>(indices),
+                    at<const float>(values),
+                    at<const float>(x),
+                    at<const float>(dictionary),
+                    B,
+                    d,
+                    n,
+                    k};
+  return none_if(unlocked([&] { Sum(q, at<float>(out), threads, *f); }));
+}
+
+PyObject* find_largest(PyObject*, PyObject* args) {
+  Address rows, indices, values;
+  long long B, n, k, threads;
+  const char* isa;
+  if (!PyArg_ParseTuple(args, "KLLLKKLs", &rows, &B, &n, &k, &indices, &values, &threads, &isa))
+    return nullptr;
+  const Functions* f = functions_named(isa);
+  if (!f) return nullptr;
+  bool whole = false;
+  if (!unlocked([&] {
+        whole = largest(at<const float>(rows), B, n, k, at<int64_t>(indices), at<float>(values),
+                        threads, *f);
+      }))
+    return nullptr;
+  return PyBool_FromLong(whole);
+}
+
 PyObject* advise(PyObject*, PyObject* args) {
   Address address;
   long long bytes;
@@ -273,6 +312,10 @@ PyMethodDef methods[] = {
     {"subtract", subtract, METH_VARARGS, "Gram rows for the step just taken"},
     {"renew", renew, METH_VARARGS, "correlations of a session computed anew"},
     {"backward", backward, METH_VARARGS, "reverse pass"},
+    {"decode", sparse<decode>, METH_VARARGS, "chosen atoms added up"},
+    {"decode_dots", sparse<decode_dots>, METH_VARARGS, "products with the chosen atoms"},
+    {"decode_scatter", sparse<decode_scatter>, METH_VARARGS, "rows added up by chosen atom"},
+    {"largest", find_largest, METH_VARARGS, "k largest of each row; false where NaN is in the way"},
     {"large_pages", advise, METH_VARARGS, "advise large pages"},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -86,6 +86,19 @@ struct Backward {
   float* grad_bias;        // [n], zero at the start, or null
 };
 
+struct Candidate {
+  float value;
+  int64_t index;
+};
+
+struct Sparse {
+  const int64_t* indices;   // [B, k], from 0 to n - 1
+  const float* values;      // [B, k], those of 0 are skipped
+  const float* x;           // [B, d]
+  const float* dictionary;  // [n, d]
+  int64_t B, d, n, k;
+};
+
 // The same functions, compiled for one instruction set each.
 struct Functions {
   const char* name;
@@ -107,6 +120,13 @@ struct Functions {
   double (*norm)(const float* row, int64_t d);
   void (*backward_row)(const Backward&, int64_t row, float* g);
   void (*backward_columns)(const Backward&, int64_t first, int64_t last, float* r, float* g);
+  // out [d] = sum of weight[p] * rows[index[p]], and out[p] = <x, rows[index[p]]>
+  void (*combine)(const float* rows, int64_t d, const int64_t* index, const float* weight,
+                  int64_t count, float* out);
+  void (*dots)(const float* rows, int64_t d, const int64_t* index, int64_t count, const float* x,
+               float* out);
+  bool (*largest_of_row)(const float* row, int64_t n, int64_t k, Candidate* held, int64_t room,
+                         int64_t* indices, float* values);
 };
 
 extern const Functions plain_functions;

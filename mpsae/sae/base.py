@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+_PART = 2**19  # weights worked on at a time on a CPU: their products stay in cache
+
+
 @dataclass(kw_only=True)
 class SAEConfig:
     """Settings that every architecture has."""
@@ -185,9 +188,12 @@ class SparseAutoencoder(nn.Module, ABC):
     @torch.no_grad()
     def remove_parallel_gradient_(self) -> None:
         """Take from the dictionary's gradient what only changes the atoms' norms."""
-        grad = self.dictionary.grad
-        if grad is not None:
-            atoms = self.dictionary
+        if self.dictionary.grad is None:
+            return
+        n, d = self.dictionary.shape
+        rows = max(1, _PART // d) if self.dictionary.device.type == "cpu" else n
+        pairs = zip(self.dictionary.split(rows), self.dictionary.grad.split(rows), strict=True)
+        for atoms, grad in pairs:
             square = atoms.square().sum(1, keepdim=True).clamp_min(torch.finfo(atoms.dtype).tiny)
             grad.addcmul_((grad * atoms).sum(1, keepdim=True) / square, atoms, value=-1)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpsae.largest import largest
 from mpsae.sae.topk import TopKConfig, TopKSAE
 from mpsae.sparse import SparseCode
 
@@ -56,19 +57,24 @@ class BatchTopKSAE(TopKSAE):
 
     def encode(self, x: Tensor) -> SparseCode:
         """Share the batch's budget (training) or apply the threshold (evaluation)."""
-        latents = self.latents(x)
-        rows = latents.reshape(-1, latents.shape[-1])
+        with torch.no_grad():
+            latents = self.latents(x)
+            code = self._choose(latents.reshape(-1, latents.shape[-1]))
+        shape = (*x.shape[:-1], code.indices.shape[1])
+        code = SparseCode(code.indices.reshape(shape), code.values.reshape(shape))
+        return self._with_gradient(x, code)
+
+    def _choose(self, rows: Tensor) -> SparseCode:
         if self.training or self.threshold < 0:
             count = min(self.config.k * rows.shape[0], rows.numel())
-            top = rows.detach().flatten().topk(count, sorted=False)
-            kept = top.indices[top.values > 0].sort().values
+            values, indices = largest(rows.reshape(1, -1), count)
+            positive = values > 0
+            kept = indices[positive].sort().values
             if self.training and len(kept):
-                self._learn_threshold(top.values[top.values > 0].min())
+                self._learn_threshold(values[positive][-1])
         else:
-            kept = (rows.detach() > self.threshold).flatten().nonzero()[:, 0]
-        code = _pack(rows, kept)
-        shape = (*x.shape[:-1], code.indices.shape[1])
-        return SparseCode(code.indices.reshape(shape), code.values.reshape(shape))
+            kept = (rows > self.threshold).flatten().nonzero()[:, 0]
+        return _pack(rows, kept)
 
     def _learn_threshold(self, smallest: Tensor) -> None:
         first = self.threshold < 0

@@ -58,9 +58,13 @@ class MatryoshkaSAE(BatchTopKSAE):
     def _reconstruction_loss(self, x: Tensor, code, reconstruction: Tensor) -> Tensor:
         remaining = x - self._add_b_dec(torch.zeros_like(x))
         losses = []
-        for first, stop in pairwise((0, *self.sizes)):
-            block = (code.indices >= first) & (code.indices < stop)
-            values = torch.where(block, code.values, torch.zeros_like(code.values))
-            remaining = remaining - sparse_decode(code.indices, values, self.dictionary)
+        edges = (0, *self.sizes)
+        # each block's gradient has the block's size; together they are the dictionary's
+        blocks = self.dictionary.split([stop - first for first, stop in pairwise(edges)])
+        for (first, stop), atoms in zip(pairwise(edges), blocks, strict=True):
+            inside = (code.indices >= first) & (code.indices < stop)
+            indices = torch.where(inside, code.indices - first, 0)
+            values = torch.where(inside, code.values, 0)
+            remaining = remaining - sparse_decode(indices, values, atoms)
             losses.append(residual_fvu(x, remaining))
         return torch.stack(losses).mean()

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mpsae.largest import largest
 from mpsae.sae.base import SAEConfig, SparseAutoencoder
+from mpsae.sae.latents import chosen_latents
 from mpsae.sparse import SparseCode
 
 
@@ -32,7 +35,6 @@ class TopKSAE(SparseAutoencoder):
         Gao et al., 2024, arXiv 2406.04093.
 
     Example:
-        >>> import torch
         >>> sae = TopKSAE(TopKConfig(d_in=8, d_sae=32, k=3))
         >>> sae(torch.randn(5, 8)).code.values.shape
         torch.Size([5, 3])
@@ -43,10 +45,19 @@ class TopKSAE(SparseAutoencoder):
 
     def encode(self, x: Tensor) -> SparseCode:
         """Keep the k largest latents of each row of ``[..., d_in]``, largest first."""
-        top = self.latents(x).topk(self.config.k, dim=-1)
-        return SparseCode(top.indices, top.values)
+        with torch.no_grad():
+            latents = self.latents(x)
+            values, indices = largest(latents.reshape(-1, latents.shape[-1]), self.config.k)
+        shape = (*x.shape[:-1], self.config.k)
+        return self._with_gradient(x, SparseCode(indices.reshape(shape), values.reshape(shape)))
 
     def latents(self, x: Tensor) -> Tensor:
         """All latents before selection, ``[..., d_sae]``."""
         self._check_input(x)
-        return F.linear(self._subtract_b_dec(x), self.encoder, self.b_enc).relu()
+        return F.linear(self._subtract_b_dec(x), self.encoder, self.b_enc).relu_()
+
+    def _with_gradient(self, x: Tensor, code: SparseCode) -> SparseCode:
+        """Give a code that was chosen without a gradient its gradient."""
+        rows = self._subtract_b_dec(x)
+        values = chosen_latents(rows, self.encoder, self.b_enc, code.indices, code.values)
+        return SparseCode(code.indices, values)

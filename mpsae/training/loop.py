@@ -199,7 +199,9 @@ class _Run:
                     "prepend_bos": config.text.prepend_bos,
                     "text": asdict(config.text),
                 }
-                optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr)
+                # one pass over weights, gradient and moments in place of ten
+                fused = model.device.type in ("cpu", "cuda")
+                optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=fused)
                 sae.constrain(optimizer)
                 name = f"{architecture}/{hookpoint.replace(':', '_')}"
                 self.jobs.append(Job(name, hookpoint, sae, optimizer))
