@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from measure import interleave, save
 
+from mpsae.decode import decode_in_torch
 from mpsae.kernels.pursuit_backward import pursuit_backward
 from mpsae.kernels.sparse_decode import sparse_decode, sparse_decode_backward
 
@@ -31,14 +32,6 @@ def drawn(B: int, k: int, n: int, exponent: float, device: str) -> Tensor:
     edges = (weights / weights.sum()).cumsum(0)
     points = torch.rand(B, k, device=device, dtype=torch.float64)
     return torch.searchsorted(edges, points).clamp_(max=n - 1)
-
-
-def torch_decode(indices: Tensor, values: Tensor, dictionary: Tensor) -> Tensor:
-    """Decode as mpsae.sparse does without kernels."""
-    weights = values.to(dictionary.dtype)
-    return torch.nn.functional.embedding_bag(
-        indices, dictionary, per_sample_weights=weights, mode="sum"
-    )
 
 
 def runs(B: int, d: int, n: int, k: int, exponent: float, device: str) -> dict[str, tuple]:
@@ -66,7 +59,7 @@ def runs(B: int, d: int, n: int, k: int, exponent: float, device: str) -> dict[s
         "pursuit backward, atomics": (backward(False), read + shares),
         "pursuit backward, in order": (backward(True), read + shares),
         "decode": (lambda: sparse_decode(indices, values, dictionary), read),
-        "decode, torch": (lambda: torch_decode(indices, values, dictionary), read),
+        "decode, torch": (lambda: decode_in_torch(indices, values, dictionary), read),
         "decode backward, atomics": (decode_backward(False), read + shares),
         "decode backward, in order": (decode_backward(True), 2 * read),
     }

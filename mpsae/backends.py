@@ -90,7 +90,7 @@ def run(
     if problem.gram is not None:  # a plain matrix is read by torch
         backend = "torch"
     backend = choose_backend(x.device, x.dtype, method, backend)
-    cached = problem.gram is not None or f"gram/{backend}" in kept.items
+    cached = problem.gram is not None or _gram_name(backend, x.dtype) in kept.items
     chosen = plan(
         B, d, n, k, device=x.device, dtype=x.dtype, training=training, gram_cached=cached,
         method=method, backend=backend, earlier_steps=kept.steps,
@@ -134,6 +134,11 @@ def differentiate(
     )
 
 
+def _gram_name(backend: str, dtype: torch.dtype) -> str:
+    """Key of a kept Gram matrix: one of fp32 weights does not serve rows in fp64."""
+    return f"gram/{backend}/{accumulation_dtype(dtype)}"
+
+
 def _widened(problem: Problem) -> Problem:
     """Bring everything to the dtype in which it is computed."""
     wide = accumulation_dtype(problem.x.dtype)
@@ -155,7 +160,8 @@ def _torch(
     if chosen.variant == "gram":
         gram = p.gram
         if gram is None:
-            gram = kept.get("gram/torch", lambda: gram_matrix(p.dictionary, p.encoder))
+            name = _gram_name("torch", p.x.dtype)
+            gram = kept.get(name, lambda: gram_matrix(p.dictionary, p.encoder))
         source = GramCorrelations(p.x, picker, p.bias, gram)
     else:
         source = TiledCorrelations(picker, p.bias)
@@ -171,7 +177,8 @@ def _cpu(problem: Problem, options: PursuitOptions, chosen: Plan, kept: Kept, ex
     gram = None
     if chosen.variant == "gram":
         gram = kept.get(
-            "gram/cpu", lambda: kernel.build_gram(p.dictionary, p.encoder, prepared=prepared)
+            _gram_name("cpu", p.x.dtype),
+            lambda: kernel.build_gram(p.dictionary, p.encoder, prepared=prepared),
         )
     return kernel.gram_pursuit(
         p.x, p.dictionary, p.encoder, p.bias, gram, **_shared(p, options), certified=exact,
@@ -184,11 +191,12 @@ def _triton(
 ) -> Found:
     # 16-bit rows and weights go in as they are: their product runs on tensor cores
     kernel, p = kernels("triton_pursuit"), problem
-    if p.dictionary.dtype != p.x.dtype:
+    if len({t.dtype for t in p[:3] if t is not None}) > 1:  # under autocast
         p = _with_weights(p._replace(x=p.x.float()), torch.float32)
     gram = None
     if chosen.method == "gram":
-        gram = kept.get("gram/triton", lambda: kernel.build_gram(p.dictionary, p.encoder))
+        name = _gram_name("triton", p.x.dtype)
+        gram = kept.get(name, lambda: kernel.build_gram(p.dictionary, p.encoder))
     return kernel.pursuit(
         p.x, p.dictionary, p.encoder, p.bias, gram, **_shared(p, options), certified=exact,
         method=chosen.method,

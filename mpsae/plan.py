@@ -95,14 +95,15 @@ def plan(
     chosen = choose_backend(device, dtype, method, backend)
     if method == "reference":
         return _costed(B, d, n, k, "reference", chosen, "asked for", False)
-    entry = 4 if chosen == "torch" else 2
-    limit = int(MEMORY_SHARE * free_bytes(device))
-    fits = gram_cached or entry * n * n <= limit
+    size = n * n * (4 if chosen == "torch" else 2)
+    # asked only where one might be built: it costs more than a small pursuit
+    room = size if gram_cached or method == "stream" else int(MEMORY_SHARE * free_bytes(device))
+    fits = size <= room
     if method == "gram":
         if not fits:
             raise ValueError(
-                f"method='gram' needs {_size(entry * n * n)} for the Gram matrix of {n} atoms, "
-                f"more than {MEMORY_SHARE:.0%} of the free memory ({_size(limit)})"
+                f"method='gram' needs {_size(size)} for the Gram matrix of {n} atoms, "
+                f"more than {MEMORY_SHARE:.0%} of the free memory ({_size(room)})"
             )
         variant, reason = _gram_variant(chosen, d, n, k, device), "asked for"
     elif method == "stream":

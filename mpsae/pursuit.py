@@ -86,11 +86,11 @@ def matching_pursuit(
             names the value or the first bad row).
 
     Notes:
-        Gram path: 2 d n FLOP a row once and 2 d n^2 for the Gram matrix, then 4n bytes a row and
-        step. Stream and reference: 2 d n FLOP a row and step. Everything is accumulated in fp32
-        (fp64 for fp64). Backward: 8 d k FLOP a row; keeps indices, values and residual,
-        ``O(B (d + k))``, except for ``method="reference"``. No host synchronisation on a GPU,
-        except for a tensor ``k`` that lives there. Bit-reproducible forward.
+        Gram path: 2 d n FLOP a row once and 2 d n^2 for the Gram matrix, then 2n bytes a row and
+        step (4n in torch). Stream and reference: 2 d n FLOP a row and step. Everything is
+        accumulated in fp32 (fp64 for fp64). Backward: 8 d k FLOP a row; keeps indices, values and
+        residual, ``O(B (d + k))``, except for ``method="reference"``. No host synchronisation on a
+        GPU, except for a tensor ``k`` that lives there. Bit-reproducible forward.
 
     References:
         Mallat & Zhang, 1993. Rubinstein et al., 2008 (Batch-OMP). Costa et al., 2025,

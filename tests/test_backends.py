@@ -277,13 +277,14 @@ def test_explicit_backends_raise_in_the_pursuit_too():
         matching_pursuit(x, dictionary, 2, method="stream", gram=dictionary @ dictionary.T)
 
 
-def test_a_gram_that_does_not_fit_is_not_built(monkeypatch):
-    monkeypatch.setattr(planning, "free_bytes", lambda device: 4 * 2 * 1000**2)
-    assert plan(10_000, 64, 1000, 32).method == "gram"
-    p = plan(10_000, 64, 1001, 32)
+@pytest.mark.parametrize(("backend", "size"), [("torch", 4), pytest.param("cpu", 2, marks=CPU)])
+def test_a_gram_that_does_not_fit_is_not_built(backend, size, monkeypatch):
+    monkeypatch.setattr(planning, "free_bytes", lambda device: 4 * size * 1000**2)
+    assert plan(10_000, 64, 1000, 32, backend=backend).variant == "gram"
+    p = plan(10_000, 64, 1001, 32, backend=backend)
     assert p.variant in ("stream", "lazy")
     assert "exceeds 25% of the free memory" in p.reason
-    assert plan(10_000, 64, 1001, 32, gram_cached=True).method == "gram"
+    assert plan(10_000, 64, 1001, 32, backend=backend, gram_cached=True).variant == "gram"
 
 
 def test_plans_count_what_they_cost():
@@ -298,3 +299,28 @@ def test_plans_count_what_they_cost():
 def test_fp64_and_other_devices_are_torch():
     assert choose_backend(torch.device("cpu"), torch.float64, "auto", "auto") == "torch"
     assert choose_backend(torch.device("meta"), torch.float32, "auto", "auto") == "torch"
+
+
+def test_a_gram_of_fp32_does_not_serve_rows_in_fp64():
+    x, dictionary = problem(64, 16, 40, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # where dtypes may differ
+        matching_pursuit(x, dictionary, 8, backend="torch")
+        with record_pursuits() as records:
+            p = matching_pursuit(x.double(), dictionary, 8, backend="torch")
+            matching_pursuit(x.double(), dictionary, 8, backend="torch")
+    reasons = [record.plan.reason == "the Gram matrix is at hand" for record in records]
+    assert reasons == [False, True]
+    expected = matching_pursuit(x.double(), dictionary.double(), 8, method="reference")
+    assert torch.equal(p.indices, expected.indices)
+    assert_rms_close(p.values, expected.values, TOLERANCE[torch.float64])
+
+
+def test_memory_is_asked_for_only_where_a_gram_might_be_built(monkeypatch):
+    def asked(device):
+        raise AssertionError("free memory was asked for")
+
+    monkeypatch.setattr(planning, "free_bytes", asked)
+    assert plan(512, 64, 1024, 8, gram_cached=True).method == "gram"
+    assert plan(512, 64, 1024, 8, method="stream").method == "stream"
+    with pytest.raises(AssertionError, match="was asked for"):
+        plan(512, 64, 1024, 8)

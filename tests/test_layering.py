@@ -111,7 +111,8 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import torch, mpsae
 assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
-p = mpsae.matching_pursuit(torch.eye(3), torch.eye(3), 1)
+eye = torch.eye(3).double()  # torch alone serves fp64
+p = mpsae.matching_pursuit(eye, eye, 1)
 assert p.indices.flatten().tolist() == [0, 1, 2]
 """
     done = subprocess.run(

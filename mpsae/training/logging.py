@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from mpsae.sae.checkpoint import renamed
+
 
 class MetricsLog:
     """Append metrics to ``metrics.jsonl``, one object a line, and pass them on.
@@ -31,9 +33,11 @@ class MetricsLog:
     ):
         path = run / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        self.file = path.open("w")
-        self.file.writelines(line for line in lines if _step(line) <= step)
-        self.file.flush()
+        kept = [line for line in lines if _step(line) <= step]
+        if kept != lines:
+            with renamed(path) as temporary:
+                temporary.write_text("".join(kept))
+        self.file = path.open("a")
         self.send, self.finish = _service(logger, run, settings)
 
     def write(self, name: str, step: int, metrics: dict[str, float]) -> None:
