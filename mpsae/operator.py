@@ -125,8 +125,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_values, grad_residual, _grad_indices, _grad_steps):
-    gradients = pursuit_backward(grad_values, grad_residual, *ctx.saved_tensors, *ctx.options)
-    present = (True, True, *(t is not None for t in ctx.saved_tensors[-2:]))
+    saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at the first look
+    gradients = pursuit_backward(grad_values, grad_residual, *saved, *ctx.options)
+    present = (True, True, *(t is not None for t in saved[-2:]))
     kept = [g if here else None for g, here in zip(gradients, present, strict=True)]
     return (gradients[0].to(ctx.dtype), *kept[1:], *[None] * 14)
 

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import instruction_sets
+from sae_problems import rows
 
 from mpsae import compiled
 from mpsae.kernels import cpu
-from mpsae.largest import largest
+from mpsae.largest import chosen_of_batch, largest, largest_among
 
 COMPILED = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
 
@@ -77,3 +78,43 @@ def test_bad_input_is_refused_with_the_value_received():
     ):
         with pytest.raises(ValueError, match=pattern):
             call()
+
+
+@pytest.mark.parametrize("k", [1, 3, 9])
+@pytest.mark.parametrize("among", [0, 1, 4, 7])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_largest_among_some_are_those_of_all_with_the_others_removed(bias, among, k):
+    x, encoder, b = rows(5), rows(7, seed=1), torch.linspace(-0.5, 0.5, 7).double()
+    some = torch.zeros(7, dtype=torch.bool)
+    some[torch.randperm(7, generator=torch.Generator().manual_seed(among))[:among]] = True
+    latents = x @ encoder.T + (b if bias else 0)
+    latents[:, ~some] = 0
+    expected = torch.cat([latents.relu(), x.new_zeros(5, k)], 1).topk(k, dim=1).values
+    arguments = (x, encoder, b if bias else None, some, k)
+    torch.library.opcheck(largest_among, arguments)
+    values, indices = largest_among(*arguments)
+    torch.testing.assert_close(values.sort(descending=True).values, expected)
+    torch.testing.assert_close(latents.relu().gather(1, indices) * (values > 0), values)
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.7, 9.0])
+@pytest.mark.parametrize("count", [0, 1, 12, 99])
+@pytest.mark.parametrize("B", [0, 1, 6])
+def test_what_a_batch_chooses_is_a_mask_of_its_rows(B, count, threshold):
+    latents = rows(B, seed=2, d=9).relu()
+    arguments = (latents, torch.tensor(threshold), count)
+    # sizes that depend on the numbers are beyond opcheck's comparison of traced graphs
+    torch.library.opcheck(chosen_of_batch, arguments, test_utils="test_schema")
+    values, indices, smallest = chosen_of_batch(*arguments)
+    kept = latents > threshold
+    if threshold < 0:
+        order = latents.flatten().sort(descending=True).values
+        kept = (latents >= order[min(count, len(order)) - 1]) if count and B else latents < 0
+        kept &= latents > 0
+    code = latents.new_zeros(B, 9).scatter_add(1, indices, values)
+    assert torch.equal(code, torch.where(kept, latents, 0))
+    assert values.shape[1] == max(1, int(kept.sum(1).max()) if B else 1)
+    if kept.any():
+        assert smallest == latents[kept].min()
+    else:
+        assert smallest.isnan()

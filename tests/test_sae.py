@@ -122,6 +122,10 @@ def test_the_threshold_is_a_running_mean_of_the_smallest_latent_kept():
         expected = smallest if expected is None else 0.75 * expected + 0.25 * smallest
         sae.encode(rows(9, seed=seed))
         assert sae.threshold.item() == pytest.approx(expected)
+    with torch.no_grad():
+        sae.b_enc -= 1e3  # nothing fires, nothing is learnt
+    sae.encode(rows(9))
+    assert sae.threshold.item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

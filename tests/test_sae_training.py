@@ -79,7 +79,7 @@ def test_the_auxiliary_loss_moves_dead_latents_only(kind):
 
 
 @given(count=st.integers(0, 6), aux_k=st.integers(1, 4) | st.none(), seed=st.integers(0, 99))
-@pytest.mark.parametrize("kind", ["matching_pursuit", "topk"])
+@pytest.mark.parametrize("kind", ["matching_pursuit", "untied", "topk"])
 def test_the_auxiliary_loss_is_what_dead_latents_leave_of_the_residual(kind, count, aux_k, seed):
     sae, x = shaken(kind, aux_k=aux_k), rows(7, seed=seed)
     sae.rows_since_fired[:count] = sae.config.dead_after
@@ -92,7 +92,8 @@ def test_the_auxiliary_loss_is_what_dead_latents_leave_of_the_residual(kind, cou
     if kind == "topk":
         latents = (x - sae.b_dec) @ sae.encoder[:count].T + sae.b_enc[:count]
     else:
-        latents = residual @ sae.dictionary[:count].T
+        encoder = sae.encoder if kind == "untied" else sae.dictionary
+        latents = residual @ encoder[:count].T + (sae.b_enc[:count] if kind == "untied" else 0)
     top = latents.relu().sort(dim=1, descending=True)
     left = residual.clone()
     for values, index in zip(top.values.T[:wanted], top.indices.T[:wanted], strict=True):

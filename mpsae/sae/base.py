@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mpsae.largest import largest_among
 from mpsae.metrics import residual_fvu
+from mpsae.sae.latents import chosen_latents
 from mpsae.sparse import Pursuit, SparseCode, sparse_decode
 
 if TYPE_CHECKING:
@@ -117,7 +119,8 @@ class SparseAutoencoder(nn.Module, ABC):
         """Encode and decode ``[..., d_in]``, with the losses of training.
 
         In training mode the counters of dead latents move on, and dead latents are trained to
-        explain the residual (AuxK, Gao et al. 2024).
+        explain the residual (AuxK, Gao et al. 2024). Activation checkpointing runs it twice, so
+        the counters move twice.
         """
         self._check_input(x)
         code = self.encode(x)
@@ -235,21 +238,25 @@ class SparseAutoencoder(nn.Module, ABC):
     def _reconstruction_loss(self, x: Tensor, code, reconstruction: Tensor) -> Tensor:
         return residual_fvu(x, x - reconstruction)
 
-    def _dead_correlation(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
-        """Correlations of the dead latents alone, ``[B, dead]``."""
-        return self._subtract_b_dec(x) @ self.encoder[dead].T + self.b_enc[dead]
+    def _encoder_of_dead(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Say what dead latents see, and with which weights and bias."""
+        return self._subtract_b_dec(x), self.encoder, self.b_enc
 
     def _aux_loss(self, x: Tensor, residual: Tensor) -> Tensor | None:
-        dead = self.dead_latents().nonzero()[:, 0]
-        if not len(dead):
+        dead = self.dead_latents()
+        # compiled, a graph cannot depend on it: without dead latents the loss is 0
+        if not torch.compiler.is_compiling() and not dead.any():
             return None
         x, residual = (t.reshape(-1, t.shape[-1]) for t in (x, residual))
+        seen, encoder, bias = self._encoder_of_dead(x, residual)
         wanted = self.config.aux_k or max(1, self.config.d_in // 2)
-        k = min(wanted, len(dead))
-        top = self._dead_correlation(x, residual, dead).relu().topk(k, dim=-1, sorted=False)
-        explained = sparse_decode(dead[top.indices], top.values, self.dictionary)
+        with torch.no_grad():
+            values, indices = largest_among(seen, encoder, bias, dead, wanted)
+        values = chosen_latents(seen, encoder, bias, indices, values)
+        explained = sparse_decode(indices, values, self.dictionary)
         # fewer dead latents than wanted explain less, so they weigh less
-        return k / wanted * residual_fvu(residual, residual - explained)
+        share = dead.sum().clamp_max(wanted) / wanted
+        return share * residual_fvu(residual, residual - explained)
 
     @torch.no_grad()
     def _count_firing(self, code: SparseCode | Pursuit) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpsae.largest import largest
+from mpsae.largest import chosen_of_batch
 from mpsae.sae.topk import TopKConfig, TopKSAE
 from mpsae.sparse import SparseCode
 
@@ -59,37 +59,17 @@ class BatchTopKSAE(TopKSAE):
         """Share the batch's budget (training) or apply the threshold (evaluation)."""
         with torch.no_grad():
             latents = self.latents(x)
-            code = self._choose(latents.reshape(-1, latents.shape[-1]))
-        shape = (*x.shape[:-1], code.indices.shape[1])
-        code = SparseCode(code.indices.reshape(shape), code.values.reshape(shape))
-        return self._with_gradient(x, code)
-
-    def _choose(self, rows: Tensor) -> SparseCode:
-        if self.training or self.threshold < 0:
-            count = min(self.config.k * rows.shape[0], rows.numel())
-            values, indices = largest(rows.reshape(1, -1), count)
-            positive = values > 0
-            kept = indices[positive].sort().values
-            if self.training and len(kept):
-                self._learn_threshold(values[positive][-1])
-        else:
-            kept = (rows > self.threshold).flatten().nonzero()[:, 0]
-        return _pack(rows, kept)
+            rows = latents.reshape(-1, latents.shape[-1])
+            threshold = torch.full_like(self.threshold, -1) if self.training else self.threshold
+            count = self.config.k * rows.shape[0]
+            values, indices, smallest = chosen_of_batch(rows, threshold, count)
+            if self.training:
+                self._learn_threshold(smallest)
+        shape = (*x.shape[:-1], indices.shape[1])
+        return self._with_gradient(x, SparseCode(indices.reshape(shape), values.reshape(shape)))
 
     def _learn_threshold(self, smallest: Tensor) -> None:
-        first = self.threshold < 0
         mixed = torch.lerp(smallest, self.threshold, self.config.threshold_momentum)
-        self.threshold.copy_(torch.where(first, smallest, mixed))
-
-
-def _pack(rows: Tensor, kept: Tensor) -> SparseCode:
-    """Gather the kept places (sorted, flat) of ``[B, n]`` row by row, padded to the longest row."""
-    B, n = rows.shape
-    row, column = kept // n, kept % n
-    counts = torch.bincount(row, minlength=B)
-    width = max(int(counts.max()), 1) if B else 1
-    place = torch.arange(len(kept), device=rows.device) - (counts.cumsum(0) - counts)[row]
-    indices = torch.zeros(B, width, dtype=torch.int64, device=rows.device)
-    indices[row, place] = column
-    values = rows.new_zeros(B, width).index_put((row, place), rows[row, column])
-    return SparseCode(indices, values)
+        learnt = torch.where(self.threshold < 0, smallest, mixed)
+        # no latent fired: nothing to learn from
+        self.threshold.copy_(torch.where(smallest.isnan(), self.threshold, learnt))

@@ -20,7 +20,7 @@ class _Chosen(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, encoder, bias, indices, values = inputs
-        ctx.bias_dtype = bias.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, encoder, indices, values)
 
     @staticmethod
@@ -39,7 +39,7 @@ class _Chosen(torch.autograd.Function):
 
 
 def chosen_latents(
-    x: Tensor, encoder: Tensor, bias: Tensor, indices: Tensor, values: Tensor
+    x: Tensor, encoder: Tensor, bias: Tensor | None, indices: Tensor, values: Tensor
 ) -> Tensor:
     """Give latents that were chosen without a gradient their gradient.
 
@@ -48,7 +48,7 @@ def chosen_latents(
     Args:
         x: ``[..., d]``.
         encoder: ``[n, d]``.
-        bias: ``[n]``.
+        bias: ``[n]``, or None for 0.
         indices: ``[..., k]`` int64.
         values: ``[..., k]``, what the formula gives; places of value 0 may hold any index.
 

@@ -119,8 +119,8 @@ class MatchingPursuitSAE(SparseAutoencoder):
     def _reconstruction_loss(self, x, code, reconstruction):
         return residual_fvu(x, code.residual)
 
-    def _dead_correlation(self, x, residual, dead):
+    def _encoder_of_dead(self, x, residual):
         # a pursuit's next step is on the residual, so dead latents are asked about it
         if self.config.tied:
-            return residual @ self.dictionary[dead].T
-        return residual @ self.encoder[dead].T + self.b_enc[dead]
+            return residual, self.dictionary, None
+        return residual, self.encoder, self.b_enc
