@@ -67,6 +67,7 @@ def test_sparse_sums_fit_and_are_added_four_at_a_time():
         lines = table("--kernel", kernel, "--target", "cuda:90", "--config", *config)
         assert_fit(lines, kernel)
         assert [line["wide_atomics"] for line in lines] == [kernel == "sparse_scatter"]
+    assert lines[0]["shared_bytes"] == 0, "values are exchanged before they are added"
 
 
 @pytest.mark.slow

@@ -28,6 +28,11 @@ SIZES = pytest.mark.parametrize(
 )
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
 DTYPES = pytest.mark.parametrize("dtype", NARROW, ids=str)
+TAKEN = {
+    "sparse_decode": {"indices", "values", "dictionary"},
+    "sparse_dot": {"indices", "x", "dictionary"},
+    "sparse_scatter": {"indices", "values", "x", "n"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -147,29 +152,32 @@ def test_inputs_may_be_strided(deterministic):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
+WRONG = [
+    ({"indices": torch.zeros(6, dtype=torch.int64)}, r"indices must be \[B, k\], not \[6\]"),
+    ({"indices": torch.zeros(2, 3)}, "indices is torch.float32"),
+    ({"values": torch.zeros(2, 4)}, r"values must be \[2, 3\] on .*, not \[2, 4\]"),
+    ({"values": torch.zeros(2, 3).long()}, "values is torch.int64"),
+    ({"x": torch.zeros(3, 16)}, r"x must be \[2, 16\] on .*, not \[3, 16\]"),
+    ({"x": torch.zeros(2, 16).double()}, "x is torch.float64"),
+    ({"dictionary": torch.zeros(20, 16).double()}, "dictionary must be"),
+    ({"dictionary": torch.zeros(0, 16)}, r"dictionary must be .* not \[0, 16\]"),
+]
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"indices": torch.zeros(6, dtype=torch.int64)}, r"indices must be \[B, k\], not \[6\]"),
-        ({"indices": torch.zeros(2, 3)}, "indices is torch.float32"),
-        ({"values": torch.zeros(2, 4)}, r"values must be \[2, 3\] on .*, not \[2, 4\]"),
-        ({"values": torch.zeros(2, 3).long()}, "values is torch.int64"),
-        ({"x": torch.zeros(3, 16)}, r"x must be \[2, 16\] on .*, not \[3, 16\]"),
-        ({"x": torch.zeros(2, 16).double()}, "x is torch.float64"),
-        ({"dictionary": torch.zeros(20, 16).double()}, "dictionary must be"),
-        ({"dictionary": torch.zeros(0, 16)}, r"dictionary must be .* not \[0, 16\]"),
-    ],
+    ("name", "change", "message"),
+    [(name, *wrong) for name in TAKEN for wrong in WRONG if wrong[0].keys() <= TAKEN[name]],
     ids=lambda value: str(list(value)) if isinstance(value, dict) else "",
 )
-def test_wrong_input_is_refused(change, message):
+def test_wrong_input_is_refused(name, change, message):
     if DEVICE != "cpu":
         pytest.skip("the checks come before the launch")
     arguments = {
         "indices": torch.zeros(2, 3, dtype=torch.int64), "values": torch.zeros(2, 3),
-        "x": torch.zeros(2, 16), "dictionary": torch.zeros(20, 16),
-    }  # fmt: skip
+        "x": torch.zeros(2, 16), "dictionary": torch.zeros(20, 16), "n": 20,
+    } | change  # fmt: skip
     with pytest.raises(ValueError, match=message):
-        sums(**{**arguments, **change})
+        getattr(kernels, name)(**{key: arguments[key] for key in TAKEN[name]})
 
 
 def test_rows_to_scatter_are_a_matrix():
@@ -192,7 +200,7 @@ def by_triton(monkeypatch):
 
         monkeypatch.setattr(kernels, name, listed)
 
-    for name in ("sparse_decode", "sparse_dot", "sparse_scatter"):
+    for name in TAKEN:
         spy(name, getattr(kernels, name))
     return calls
 
