@@ -193,6 +193,12 @@ def test_the_operators_keep_the_rules_of_torch_in_every_layout(layout, dtype):
         assert_rms_close(operator(*arguments).detach(), wanted, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("name", ["sparse_decode", "sparse_dot", "sparse_scatter"])
+def test_the_kernels_are_asked_on_a_cpu_and_on_a_gpu(name):
+    asked = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert [asked(f"mpsae::{name}", key) for key in ("CPU", "CUDA", "XPU")] == [True, True, False]
+
+
 def test_each_operator_gives_the_gradients_of_the_others():
     indices, *floats = factors(4, 5, 6, 7, dtype=torch.float64)
     values, x, dictionary = (t.requires_grad_() for t in floats)
