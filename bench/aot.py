@@ -264,27 +264,19 @@ def pursuit_backward_cases(arch: str) -> Iterator[Case]:
 
 
 def decode_cases(arch: str) -> Iterator[Case]:
-    """Decode and its gradients, of a single reconstruction and of prefixes; sums in order."""
-    for d, name, prefixes in itertools.product(
-        (64, 768, 4096, 8192), ("bf16", "fp32"), (False, True)
+    """Sparse sums over widths and dtypes; sums in order."""
+    for kernel, d, name in itertools.product(
+        ("sparse_decode", "sparse_dot", "sparse_scatter"), (64, 768, 4096, 8192), ("bf16", "fp32")
     ):
-        types = {
-            "y_ptr": "*" + name, "dictionary_ptr": "*" + name, "indices_ptr": "*i64",
-            "bounds_ptr": "*i32", "prefix_ptr": "*i32", "prefixes": "i32",
-            "grad_y_ptr": "*fp32" if prefixes else "*" + name,
-        }  # fmt: skip
-        for kernel, function, optional, layout in (
-            ("sparse_decode", sparse_decode._sparse_decode_kernel, "bounds_ptr",
-             sparse_decode.tile_layout(32, d)),
-            ("sparse_decode_backward", sparse_decode._sparse_decode_backward_kernel, "prefix_ptr",
-             sparse_decode.row_layout(d)),
-        ):  # fmt: skip
-            absent = () if prefixes else (optional,)
-            options = {"num_warps": layout.pop("num_warps")}
-            yield Case(
-                kernel, function, {"d": d, "dtype": name, "prefixes": prefixes},
-                pointers(function, types, absent), {**layout, **dict.fromkeys(absent)}, options,
-            )  # fmt: skip
+        function = getattr(sparse_decode, f"_{kernel}_kernel")
+        tensors = dict.fromkeys(("y_ptr", "v_ptr", "x_ptr", "dictionary_ptr"), "*" + name)
+        rows = kernel == "sparse_dot"
+        layout = sparse_decode.row_layout(d) if rows else sparse_decode.tile_layout(32, d)
+        options = {"num_warps": layout.pop("num_warps")}
+        yield Case(
+            kernel, function, {"d": d, "dtype": name},
+            pointers(function, {**tensors, "indices_ptr": "*i64"}), layout, options,
+        )  # fmt: skip
     function = segments._segment_sum_kernel
     for name, weighted in (("fp32", False), ("fp32", True), ("bf16", True)):
         types = {"source_ptr": "*" + name, "row_ptr": "*i64", "starts_ptr": "*i64"}
@@ -328,7 +320,7 @@ def compile_case(case: Case, target: GPUTarget) -> Any:
     aligned = [
         i
         for i, name in enumerate(names)
-        if case.signature[name][0] in "*i" and name not in ("B", "t", "prefixes")
+        if case.signature[name][0] in "*i" and name not in ("B", "t")
     ]
     source = ASTSource(
         fn=case.function,

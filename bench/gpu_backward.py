@@ -1,10 +1,10 @@
-"""Time the backward and the decode on a GPU, by atomics and in order, as atoms get crowded.
+"""Time the backward and the sparse sums on a GPU, by atomics and in order, as atoms get crowded.
 
     python bench/gpu_backward.py [--rows 3072 65536] [--atoms 32768] [--dim 2304] [--steps 85]
 
 Indices are drawn evenly, and by Zipf's law with the exponents given (an atom's rank to that power),
 where few atoms take most of the shares and the atomics wait for each other. ``TB/s`` is the byte
-model of the kernel's file over its time. torch's embedding_bag stands beside the decode.
+model of the kernel's file over its time. Plain torch stands beside each sum.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from measure import interleave, save
 
-from mpsae.decode import decode_in_torch
+from mpsae.decode import decode_in_torch, dot_in_torch, scatter_in_torch
 from mpsae.kernels.pursuit_backward import pursuit_backward
-from mpsae.kernels.sparse_decode import sparse_decode, sparse_decode_backward
+from mpsae.kernels.sparse_decode import sparse_decode, sparse_dot, sparse_scatter
 
 
 def drawn(B: int, k: int, n: int, exponent: float, device: str) -> Tensor:
@@ -50,18 +50,19 @@ def runs(B: int, d: int, n: int, k: int, exponent: float, device: str) -> dict[s
             deterministic=deterministic,
         )  # fmt: skip
 
-    def decode_backward(deterministic: bool) -> Callable[[], object]:
-        return lambda: sparse_decode_backward(
-            grad_y, indices, values, dictionary, deterministic=deterministic
-        )
+    def scatter(deterministic: bool) -> Callable[[], object]:
+        return lambda: sparse_scatter(indices, values, grad_y, n, deterministic=deterministic)
 
     return {
         "pursuit backward, atomics": (backward(False), read + shares),
         "pursuit backward, in order": (backward(True), read + shares),
         "decode": (lambda: sparse_decode(indices, values, dictionary), read),
         "decode, torch": (lambda: decode_in_torch(indices, values, dictionary), read),
-        "decode backward, atomics": (decode_backward(False), read + shares),
-        "decode backward, in order": (decode_backward(True), 2 * read),
+        "dot": (lambda: sparse_dot(indices, grad_y, dictionary), read),
+        "dot, torch": (lambda: dot_in_torch(indices, grad_y, dictionary), read),
+        "scatter, atomics": (scatter(False), shares),
+        "scatter, in order": (scatter(True), read),
+        "scatter, torch": (lambda: scatter_in_torch(indices, values, grad_y, n), shares),
     }
 
 

@@ -375,17 +375,17 @@ def dense(
     tensor: Tensor,
     shape: tuple[int, ...],
     device: torch.device,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> Tensor:
-    """Check a tensor and return it contiguous, in ``dtype``; integers only for integers."""
+    """Check a tensor and return it contiguous, in ``dtype``; None leaves floats as they are."""
     if tuple(tensor.shape) != shape or tensor.device != device:
         raise ValueError(
             f"{name} must be {list(shape)} on {device}, not {list(tensor.shape)} on {tensor.device}"
         )
-    wanted = DTYPES if dtype.is_floating_point else (torch.int64, torch.int32)
+    wanted = DTYPES if dtype is None or dtype.is_floating_point else (torch.int64, torch.int32)
     if tensor.dtype not in wanted:
         raise ValueError(f"{name} is {tensor.dtype}, not one of {wanted}")
-    return tensor.to(dtype).contiguous()
+    return (tensor if dtype is None else tensor.to(dtype)).contiguous()
 
 
 def allocate_outputs(x: Tensor, k: int) -> Outputs:

@@ -1,4 +1,4 @@
-"""The compiled kernels behind sparse sums and selection, registered when imported."""
+"""The accelerated kernels behind sparse sums and selection, registered when imported."""
 
 from __future__ import annotations
 
@@ -6,39 +6,55 @@ import torch
 from torch import Tensor
 
 from mpsae import decode, largest
-from mpsae.plan import choose_backend, kernels
+from mpsae.plan import Backend, choose_backend, kernels
+
+_DEVICES = ("cpu", "cuda")
+_SUMS = {"cpu": "cpu_decode", "triton": "sparse_decode"}  # modules of mpsae.kernels
 
 
-def _compiled(*tensors: Tensor) -> bool:
-    """Tell whether the extension is there for these tensors."""
-    wide = decode.sum_dtype(*tensors)
-    return choose_backend(torch.device("cpu"), wide, "auto", "auto") == "cpu"
+def _backend(*tensors: Tensor) -> Backend:
+    """Choose what runs these tensors: kernels, or torch where there are none for them."""
+    return choose_backend(tensors[0].device, decode.sum_dtype(*tensors), "auto", "auto")
 
 
-@decode.sparse_decode.register_kernel("cpu")
+def _readable(backend: Backend, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Bring tensors to what the kernels read: Triton's read 16 bits as they are."""
+    return tensors if backend == "triton" else tuple(t.float() for t in tensors)
+
+
+@decode.sparse_decode.register_kernel(_DEVICES)
 def _(indices: Tensor, values: Tensor, dictionary: Tensor) -> Tensor:
-    if not _compiled(values, dictionary):
+    backend = _backend(values, dictionary)
+    if backend == "torch":
         return decode.decode_in_torch(indices, values, dictionary)
-    y = kernels("cpu").sparse_decode(indices, values.float(), dictionary.float())
+    kernel = kernels(_SUMS[backend])
+    y = kernel.sparse_decode(indices, *_readable(backend, values, dictionary))
     return y.to(dictionary.dtype)
 
 
-@decode.sparse_dot.register_kernel("cpu")
+@decode.sparse_dot.register_kernel(_DEVICES)
 def _(indices: Tensor, x: Tensor, dictionary: Tensor) -> Tensor:
-    if not _compiled(x, dictionary):
+    backend = _backend(x, dictionary)
+    if backend == "torch":
         return decode.dot_in_torch(indices, x, dictionary)
-    return kernels("cpu").sparse_dot(indices, x.float(), dictionary.float()).to(x.dtype)
+    kernel = kernels(_SUMS[backend])
+    return kernel.sparse_dot(indices, *_readable(backend, x, dictionary)).to(x.dtype)
 
 
-@decode.sparse_scatter.register_kernel("cpu")
+@decode.sparse_scatter.register_kernel(_DEVICES)
 def _(indices: Tensor, values: Tensor, x: Tensor, n: int) -> Tensor:
-    if not _compiled(values, x):
+    backend = _backend(values, x)
+    if backend == "torch":
         return decode.scatter_in_torch(indices, values, x, n)
-    return kernels("cpu").sparse_scatter(indices, values.float(), x.float(), n).to(x.dtype)
+    # the CPU's sums are in a fixed order anyway
+    strict = torch.are_deterministic_algorithms_enabled()
+    options = {"deterministic": strict} if backend == "triton" else {}
+    kernel = kernels(_SUMS[backend])
+    return kernel.sparse_scatter(indices, *_readable(backend, values, x), n, **options).to(x.dtype)
 
 
 @largest.largest.register_kernel("cpu")
 def _(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    if rows.dtype != torch.float32 or not _compiled(rows):
+    if rows.dtype != torch.float32 or _backend(rows) != "cpu":
         return largest.largest_in_torch(rows, k)
     return kernels("cpu").largest(rows, k)

@@ -8,6 +8,7 @@ With  T = sum_{b,t} values[b, t] <x_b, dictionary[indices[b, t]]>
 
 What is here is plain torch, on any device; :mod:`mpsae.compiled` registers faster kernels.
 Sums are made in fp32 (fp64 where an argument is fp64). Nothing of size ``[B, k, d]`` is made.
+An index outside of the dictionary is an error on a CPU; elsewhere the look would synchronise.
 """
 
 # No postponed annotations: torch.library reads them to make the operators' schemas.

@@ -47,8 +47,8 @@ def sparse_decode(indices: Tensor, values: Tensor, dictionary: Tensor) -> Tensor
     Notes:
         2 d FLOP and one row of the dictionary for each value, none for values of 0; twice that
         backward, where values of 0 do have a gradient. Sums are made in fp32 (fp64 for fp64).
-        Nothing of size ``[..., k, d]`` is made. Bit-reproducible on a CPU, and on a GPU where
-        torch's ``index_add_`` is (``torch.use_deterministic_algorithms``).
+        Nothing of size ``[..., k, d]`` is made. No host synchronisation. Bit-reproducible, on a
+        GPU the dictionary's gradient under ``torch.use_deterministic_algorithms`` only.
 
     Example:
         >>> sparse_decode(torch.tensor([[0, 1]]), torch.tensor([[2.0, 3.0]]), torch.eye(2)).tolist()

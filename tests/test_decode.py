@@ -1,27 +1,45 @@
-"""The sparse sums, in torch and compiled, against their formulas in fp64."""
+"""The sparse sums, in torch, compiled and in Triton, against their formulas in fp64."""
 
+import importlib
 import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import TOLERANCE, assert_rms_close, instruction_sets
 
 from mpsae import compiled, decode
-from mpsae.kernels import cpu
+from mpsae.kernels import cpu, triton_pursuit
 from mpsae.sparse import SparseCode, sparse_decode
 
 COMPILED = pytest.mark.skipif(not cpu.available(), reason=cpu.unavailable_reason())
-
+# on a GPU tests/test_triton_decode.py has the operators take it
+TRITON = pytest.mark.skipif(not triton_pursuit.interpreted(), reason="Triton is not interpreted")
+BACKENDS = {"torch": (), "cpu": COMPILED, "triton": TRITON}
+EXAMPLES = {"torch": 60, "cpu": 60, "triton": 20}  # the interpreter is slow
 
 ISAS = instruction_sets()
 
 
-@pytest.fixture(params=["torch", pytest.param("compiled", marks=COMPILED)])
+def backends(*names):
+    """Run a test with each of the backends named, or all, behind the operators."""
+    marked = [pytest.param(name, marks=BACKENDS[name]) for name in names or BACKENDS]
+    each = pytest.mark.parametrize("backend", marked, indirect=True)
+    return lambda test: each(pytest.mark.usefixtures("backend")(test))
+
+
+@pytest.fixture
 def backend(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(compiled, "_compiled", lambda *_: False)
+    choose = compiled.choose_backend
+    if request.param == "triton":
+        importlib.import_module("triton_interpreter").repair()
+
+    def wanted(device, dtype, method, auto):
+        return choose(device, dtype, method, auto if dtype == torch.float64 else request.param)
+
+    monkeypatch.setattr(compiled, "choose_backend", wanted)
+    return request.param
 
 
 def factors(B, k, d, n, seed=0, dtype=torch.float32):
@@ -90,7 +108,8 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.usefixtures("poisoned", "backend")
+@backends()
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("sizes", [(0, 3), (4, 0), (0, 0), (1, 2), (3, 5)], ids=str)
 def test_every_place_of_the_results_is_written(sizes):
     indices, values, x, dictionary = factors(*sizes, 33, 50)
@@ -104,31 +123,35 @@ def test_every_place_of_the_results_is_written(sizes):
         assert_rms_close(actual, expected, TOLERANCE[torch.float32])
 
 
-@pytest.mark.usefixtures("backend")
-@given(*SIZES, st.sampled_from(list(TOLERANCE)), st.integers(0, 99))
-def test_decode_and_its_gradients_equal_the_formula(B, k, d, n, dtype, seed):
-    indices, *floats = factors(B, k, d, n, seed, dtype)
-    values, upstream, dictionary = floats
-    leaves = [values.clone().requires_grad_(), dictionary.clone().requires_grad_()]
-    y = sparse_decode(indices, *leaves)
-    assert y.dtype == dtype
-    grads = torch.autograd.grad(y, leaves, upstream)
-    for actual, expected in zip((y, *grads), formulas(indices, *floats), strict=True):
-        assert_rms_close(actual, expected, TOLERANCE[dtype])
+@backends()
+def test_decode_and_its_gradients_equal_the_formula(backend):
+    @settings(max_examples=EXAMPLES[backend])
+    @given(*SIZES, st.sampled_from(list(TOLERANCE)), st.integers(0, 99))
+    def holds(B, k, d, n, dtype, seed):
+        indices, *floats = factors(B, k, d, n, seed, dtype)
+        values, upstream, dictionary = floats
+        leaves = [values.clone().requires_grad_(), dictionary.clone().requires_grad_()]
+        y = sparse_decode(indices, *leaves)
+        assert y.dtype == dtype
+        grads = torch.autograd.grad(y, leaves, upstream)
+        for actual, expected in zip((y, *grads), formulas(indices, *floats), strict=True):
+            assert_rms_close(actual, expected, TOLERANCE[dtype])
+
+    holds()
 
 
-@pytest.mark.usefixtures("backend")
+@backends()
 def test_sums_of_16_bit_numbers_are_made_in_fp32():
-    # 4096 terms of 1: a sum in bf16 stays at 256
-    indices, ones = torch.zeros(1, 4096, dtype=torch.int64), torch.ones(1, 4096)
+    # 2048 terms of 1: a sum in bf16 stays at 256
+    indices, ones = torch.zeros(1, 2048, dtype=torch.int64), torch.ones(1, 2048)
     half, atom = ones.bfloat16(), torch.ones(1, 3).bfloat16()
-    assert (decode.sparse_decode(indices, half, atom) == 4096).all()
-    assert (decode.sparse_scatter(indices.T, half.T, atom.expand(4096, 3), 1) == 4096).all()
-    wide = ones.bfloat16().expand(2, 4096)
-    assert (decode.sparse_dot(torch.zeros(2, 1).long(), wide, half) == 4096).all()
+    assert (decode.sparse_decode(indices, half, atom) == 2048).all()
+    assert (decode.sparse_scatter(indices.T, half.T, atom.expand(2048, 3), 1) == 2048).all()
+    wide = ones.bfloat16().expand(2, 2048)
+    assert (decode.sparse_dot(torch.zeros(2, 1).long(), wide, half) == 2048).all()
 
 
-@pytest.mark.usefixtures("backend")
+@backends()
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 0, 3), (0,), (1, 1, 4)], ids=str)
 @pytest.mark.parametrize("k", [0, 3])
 def test_any_leading_shape_is_decoded_with_gradients(lead, k):
@@ -153,7 +176,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.usefixtures("backend")
+@backends()
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_the_operators_keep_the_rules_of_torch_in_every_layout(layout, dtype):
@@ -170,6 +193,12 @@ def test_the_operators_keep_the_rules_of_torch_in_every_layout(layout, dtype):
         assert_rms_close(operator(*arguments).detach(), wanted, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("name", ["sparse_decode", "sparse_dot", "sparse_scatter"])
+def test_the_kernels_are_asked_on_a_cpu_and_on_a_gpu(name):
+    asked = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert [asked(f"mpsae::{name}", key) for key in ("CPU", "CUDA", "XPU")] == [True, True, False]
+
+
 def test_each_operator_gives_the_gradients_of_the_others():
     indices, *floats = factors(4, 5, 6, 7, dtype=torch.float64)
     values, x, dictionary = (t.requires_grad_() for t in floats)
@@ -182,7 +211,7 @@ def test_each_operator_gives_the_gradients_of_the_others():
         assert torch.autograd.gradgradcheck(operator, arguments)
 
 
-@pytest.mark.usefixtures("backend")
+@backends()
 def test_only_the_gradients_asked_for_are_made(monkeypatch):
     indices, values, _, dictionary = factors(4, 3, 5, 6)
     made = []
@@ -198,7 +227,7 @@ def test_only_the_gradients_asked_for_are_made(monkeypatch):
         assert made == (["sparse_dot"] if values_too else ["sparse_scatter"])
 
 
-@COMPILED
+@backends("cpu", "triton")
 def test_a_value_of_0_costs_nothing_and_has_a_gradient():
     dictionary = torch.tensor([[math.inf, math.nan], [2.0, 3.0]])
     indices, values = torch.tensor([[0, 1]]), torch.tensor([[0.0, 5.0]], requires_grad=True)
@@ -209,7 +238,7 @@ def test_a_value_of_0_costs_nothing_and_has_a_gradient():
     assert grad.tolist() == [[5.0, 5.0]]
 
 
-@pytest.mark.usefixtures("backend")
+@backends("torch", "cpu")  # a look at indices on a GPU would synchronise
 @pytest.mark.parametrize("bad", [-1, 9, 2**40, -(2**40)])
 def test_an_index_outside_of_the_dictionary_is_named(bad):
     indices, values, x, dictionary = factors(4, 3, 5, 9)
@@ -254,7 +283,7 @@ def test_the_kernels_refuse_bad_input_with_the_value_received():
             call()
 
 
-@pytest.mark.usefixtures("backend")
+@backends()
 def test_compiled_without_a_break_it_gives_what_eager_gives():
     torch._dynamo.reset()
     indices, values, _, dictionary = factors(5, 4, 8, 9)

@@ -61,10 +61,13 @@ def test_gradients_are_added_four_at_a_time():
     }  # fmt: skip
 
 
-def test_decode_fits():
-    for kernel in ("sparse_decode", "sparse_decode_backward"):
+def test_sparse_sums_fit_and_are_added_four_at_a_time():
+    for kernel in ("sparse_decode", "sparse_dot", "sparse_scatter"):
         config = ("d=4096", "dtype=bf16")
-        assert_fit(table("--kernel", kernel, "--target", "cuda:90", "--config", *config), kernel)
+        lines = table("--kernel", kernel, "--target", "cuda:90", "--config", *config)
+        assert_fit(lines, kernel)
+        assert [line["wide_atomics"] for line in lines] == [kernel == "sparse_scatter"]
+    assert lines[0]["shared_bytes"] == 0, "values are exchanged before they are added"
 
 
 @pytest.mark.slow
@@ -72,8 +75,8 @@ def test_decode_fits():
     "kernel",
     [
         "gram_pursuit", "gram_chunked", "gram_build", "gram_row_max", "atom_norms",
-        "stream_argmax", "stream_step", "pursuit_backward", "sparse_decode",
-        "sparse_decode_backward", "segment_sum",
+        "stream_argmax", "stream_step", "pursuit_backward", "sparse_decode", "sparse_dot",
+        "sparse_scatter", "segment_sum",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("target", TARGETS)
