@@ -125,7 +125,7 @@ def gram_pursuit(
         RuntimeError: the extension is not there.
 
     Notes:
-        2 d n FLOP per row, then 2n bytes of ``gram`` per row and step. Extra memory 8 MiB a thread
+        2 d n FLOP per row, then 2n bytes of ``gram`` per row and step. Extra memory 4 MiB a thread
         with a Gram, 32 MiB and up to 1 GiB of Gram rows without. Inputs that are not contiguous
         are copied. The interpreter lock is released; the threads are those of the OpenMP library
         that torch loaded where it can be found (glibc), else threads of the call.

@@ -21,7 +21,8 @@ from mpsae.kernels.cpu_extension import (
     weights,
 )
 
-_TILE_BYTES = 64 << 20  # fp32 products on their way to 16 bits
+_TILE_BYTES = 64 << 20  # fp32 products on their way to 16 bits, at most
+_LAST_ROWS = 128  # products for which no room is left among the Gram rows to come
 
 
 class Gram(NamedTuple):
@@ -113,7 +114,7 @@ def build_gram(
         ValueError: wrong shape, dtype or device.
 
     Notes:
-        2 d n^2 FLOP; 2 n^2 bytes (4 n^2 in fp32), and one tile of 64 MiB on the way. The product
+        2 d n^2 FLOP; 2 n^2 bytes (4 n^2 in fp32), and 128 rows of products on the way. The product
         is torch's and runs on its threads whatever ``n_threads`` is.
     """
     if entries not in ("int16", "fp32"):
@@ -144,23 +145,35 @@ class GramRows:
         entries = torch.empty(capacity, padded(n), dtype=torch.int16)
         extension().large_pages(entries.data_ptr(), entries.nbytes)
         self.gram = Gram(entries, *(torch.empty(capacity) for _ in range(3)))
-        self.tile = max(1, _TILE_BYTES // (4 * n))
-        self.product = torch.empty(min(self.tile, capacity), n)
+        self.most = max(1, _TILE_BYTES // (4 * n))
+        self.last = torch.empty(min(_LAST_ROWS, self.most, capacity), n)
 
     def build(self, which: Tensor, place: int, threads: int, isa: str) -> None:
-        """Put the Gram rows of the atoms ``which`` at ``place`` and after."""
-        gram, n = self.gram, self.atoms.shape[0]
-        for first in range(0, len(which), self.tile):
-            some = which[first : first + self.tile]
+        """Put the Gram rows of the atoms ``which`` at ``place`` and after; later ones are lost."""
+        gram, first = self.gram, 0
+        while first < len(which):
+            at = place + first
+            product = self._product(at)
+            some = which[first : first + len(product)]
             left = self.atoms[some]
             rounding = _rounding(left.norm(dim=1), self.encoder_norm, self.d)
-            product = torch.mm(left, self.encoder.T, out=self.product[: len(some)])
-            at = place + first
+            product = torch.mm(left, self.encoder.T, out=product[: len(some)])
             extension().quantise(
-                product.data_ptr(), len(some), n, n, some.data_ptr(), rounding.data_ptr(),
-                gram.entries[at].data_ptr(), gram.entries.shape[1], gram.scale[at:].data_ptr(),
-                gram.diagonal[at:].data_ptr(), gram.error[at:].data_ptr(), threads, isa,
+                product.data_ptr(), len(some), product.shape[1], product.shape[1],
+                some.data_ptr(), rounding.data_ptr(), gram.entries[at].data_ptr(),
+                gram.entries.shape[1], gram.scale[at:].data_ptr(), gram.diagonal[at:].data_ptr(),
+                gram.error[at:].data_ptr(), threads, isa,
             )  # fmt: skip
+            first += len(some)
+
+    def _product(self, at: int) -> Tensor:
+        """Room for fp32 products of the rows from ``at`` on: in the last rows, not yet written."""
+        n, entries = self.last.shape[1], self.gram.entries
+        # a row of products takes the place of two of entries
+        rows = min((len(entries) - at) // 3, self.most)
+        if rows <= len(self.last):
+            return self.last
+        return entries[-2 * rows :].view(torch.float32).flatten()[: rows * n].view(rows, n)
 
 
 def checked_gram(gram: Gram, n: int) -> Gram:

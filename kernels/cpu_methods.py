@@ -21,7 +21,7 @@ Method = Literal["auto", "gram", "lazy", "stream"]
 
 _TILE_B = 12  # rows of one tile of the bf16 product, TILE_B of problem.h
 # correlations of a block of rows, per thread: they have to stay in the shared cache
-_BLOCK_BYTES = 8 << 20
+_BLOCK_BYTES = 4 << 20
 # rows that advance together in the step by step methods
 _SESSION_BYTES = 32 << 20
 # Gram rows kept by the lazy method
