@@ -5,14 +5,14 @@ import sys
 import pytest
 import torch
 from loops import costa_loop, overcomplete_loop, saelens_loop, sparsify_decode, sparsify_loop
-from problems import problem
+from problems import TOLERANCE, assert_rms_close, problem
 from providers import overcomplete_module, providers
 
 from mpsae import matching_pursuit, reference
 from mpsae.reference import PursuitOptions
 from mpsae.sparse import dense_code
 
-SIZES = [(1, 5, 9, 3), (13, 24, 67, 8), (9, 16, 24, 16)]  # the last repeats atoms in most rows
+SIZES = [(1, 5, 9, 3), (13, 24, 67, 8), (9, 16, 24, 16)]  # the last repeats atoms in every row
 LOOPS = ["SAELens", "sparsify", "overcomplete", "Costa et al."]
 PACKAGES = [*LOOPS, "scikit-learn OMP", "batched OMP"]
 # fp64 throughout: rounding is 1e-16 a term, so that no near tie decides and a gradient of some
@@ -56,6 +56,12 @@ def test_saelens_loop_is_the_pursuit_with_its_stops(sizes, stop, threshold):
     assert_same(code, specified(x, dictionary, k=k, **options)[1], x, dictionary)
 
 
+def negative():
+    """A row that has a negative product with every atom."""
+    x = torch.tensor([[-2.0, 0.0]], dtype=torch.float64)
+    return x, torch.tensor([[1.0, 0.0], [0.6, 0.8]], dtype=torch.float64)
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_overcomplete_loop_is_the_pursuit_of_the_signed_maximum(sizes):
     B, d, n, k = sizes
@@ -67,15 +73,14 @@ def test_overcomplete_loop_is_the_pursuit_of_the_signed_maximum(sizes):
 
 
 def test_overcomplete_loop_applies_a_negative_maximum():
-    x = torch.tensor([[-2.0, 0.0]], dtype=torch.float64)
-    dictionary = torch.tensor([[1.0, 0.0], [0.6, 0.8]], dtype=torch.float64)
+    x, dictionary = negative()
     residual, code = overcomplete_loop(x, dictionary, 1)
     torch.testing.assert_close(code, torch.tensor([[0.0, -1.2]], dtype=torch.float64))
     torch.testing.assert_close(residual, torch.tensor([[-1.28, 0.96]], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("threshold", [0.0, 2.0])
+@pytest.mark.parametrize("threshold", [0.0, 3.0])
 def test_costa_loop_goes_on_until_support_or_norm_stops_each_row(sizes, threshold):
     B, d, n, _ = sizes
     x, dictionary = leaves(*problem(B, d, n, unit=False))
@@ -83,6 +88,8 @@ def test_costa_loop_goes_on_until_support_or_norm_stops_each_row(sizes, threshol
     options = {"residual_threshold": threshold, "stop_on_repeat": True}
     p, expected = specified(x, dictionary, k=n + 1, **options)
     assert B == 1 or len(p.steps.unique()) > 1  # rows stop at different times
+    below = p.residual.norm(dim=1) < threshold
+    assert below.any() == (threshold > 0)
     assert_same(code, expected, x, dictionary)
 
 
@@ -228,7 +235,8 @@ def orthogonal(x, dictionary, k):
     return code
 
 
-@pytest.mark.parametrize("sizes", SIZES[:2], ids=str)
+# repeats in 4 of 9 rows at the second of these sizes
+@pytest.mark.parametrize("sizes", [SIZES[1], (9, 8, 24, 5)], ids=str)
 @pytest.mark.parametrize(
     ("name", "packages"), [(name, True) for name in PACKAGES] + [(name, False) for name in LOOPS]
 )
@@ -241,13 +249,31 @@ def test_a_provider_does_what_its_options_say(name, packages, sizes):
     assert code.requires_grad == provider.differentiable == (provider.options is not None)
     if provider.options is None:
         expected = orthogonal(x.detach(), dictionary.detach(), k)
-        assert B == 1 or (code < 0).any()  # the largest by magnitude, not by sign
+        assert (code < 0).any()  # the largest by magnitude, not by sign
         assert_same(code, expected)
         assert_same(residual, x - expected @ dictionary, x, dictionary)
         return
     p = matching_pursuit(x, dictionary, k, **provider.options)
     assert_same(code, dense_code(p.indices, p.values, n), x, dictionary)
     assert_same(residual, p.residual, x, dictionary)
+
+
+@pytest.mark.parametrize("packages", [True, False])
+def test_the_provider_of_overcomplete_applies_a_negative_maximum(packages):
+    code = peer("overcomplete", packages).code(*negative(), 1)
+    torch.testing.assert_close(code, torch.tensor([[0.0, -1.2]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_provider_takes_a_single_row_of_fp32(name):
+    x, dictionary = problem(1, 24, 67, torch.float32)
+    provider = peer(name, True)
+    code = provider.code(x, dictionary, 8)
+    assert code.dtype == torch.float32
+    assert code.shape == (1, 67)
+    assert (code != 0).sum() == 8
+    exact = provider.code(x.double(), dictionary.double(), 8)
+    assert_rms_close(code, exact, TOLERANCE[torch.float32])
 
 
 def test_without_packages_the_loops_serve(monkeypatch):
