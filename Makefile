@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint test-slow test-gpu bench-gpu aot clean
+.PHONY: demo test lint bench test-slow test-gpu bench-gpu aot clean
 
 demo: $(READY)
 	@echo "== demo: train MP and TopK SAEs on the embedded model and compare them"
@@ -24,8 +24,13 @@ test-gpu:
 	@$(PYTHON) -m pytest -m gpu tests/test_triton_kernels.py tests/test_triton_gpu.py \
 		tests/test_triton_backward.py tests/test_triton_decode.py
 
+bench: $(READY)
+	@echo "== every shape against the naive loop, other packages and the price of TopK"
+	@$(BIN)/python bench/suite.py
+
 bench-gpu:
-	@echo "== Triton kernels timed on the GPU"
+	@echo "== every shape on the GPU, then its kernels one by one"
+	@$(PYTHON) bench/suite.py
 	@$(PYTHON) bench/gpu.py
 	@$(PYTHON) bench/gpu_backward.py
 

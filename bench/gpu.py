@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,21 +22,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mpsae.benchmark import interleave
 from mpsae.kernels import triton_pursuit
 
 
 def seconds(run: Callable[[], Any], repeats: int = 5) -> float:
-    """Median time of a run, on the device's clock."""
-    run()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1000)
-    return statistics.median(times)
+    """Median time of a run."""
+    return interleave({"": run}, repeats)[""].median
 
 
 def naive_step(r: Tensor, dictionary: Tensor) -> Tensor:

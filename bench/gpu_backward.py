@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from measure import interleave, save
+from save import save
 
+from mpsae.benchmark import interleave
 from mpsae.decode import decode_in_torch, dot_in_torch, scatter_in_torch
 from mpsae.kernels.pursuit_backward import pursuit_backward
 from mpsae.kernels.sparse_decode import sparse_decode, sparse_dot, sparse_scatter
@@ -88,10 +90,10 @@ def main(argv: list[str] | None = None) -> int:
             timed = runs(B, d, n, k, exponent, options.device)
             times = interleave({name: run for name, (run, _) in timed.items()})
             for name, time in times.items():
-                rate = timed[name][1] / time["median"] / 1e12
+                rate = timed[name][1] / time.median / 1e12
                 row = {"what": name, "B": B, "d": d, "n": n, "k": k, "zipf": exponent}
-                table.append(row | time | {"terabytes_per_second": rate})
-                print(f"{name:<28}{B:>7}{exponent:>6}{1e3 * time['median']:>10.2f}{rate:>8.2f}")
+                table.append(row | asdict(time) | {"terabytes_per_second": rate})
+                print(f"{name:<28}{B:>7}{exponent:>6}{1e3 * time.median:>10.2f}{rate:>8.2f}")
     if options.device == "cuda":
         save("gpu_backward", {"rows": table})
     return 0

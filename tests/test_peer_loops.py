@@ -170,6 +170,21 @@ def test_saelens_loop_is_saelens(sizes, stop, threshold):
     assert_same(saelens_loop(x, dictionary, threshold, k, stop), expected, x, dictionary)
 
 
+@pytest.mark.parametrize("sizes", [(64, 48, 300, 16), (16, 96, 1024, 32)], ids=str)
+@pytest.mark.parametrize("loss", ["reconstruction", "residual"])
+def test_gradients_in_fp32_are_those_of_saelens(sizes, loss):
+    """Against the package where it is installed, else against its loop."""
+    B, d, n, k = sizes
+    x, dictionary = leaves(*problem(B, d, n, torch.float32))
+    peer = next(peer for peer in providers() if peer.name == "SAELens")
+    p = matching_pursuit(x, dictionary, k)
+    residual = p.residual if loss == "residual" else x - p.reconstruct(dictionary)
+    ours = torch.autograd.grad(residual.square().sum(), (x, dictionary))
+    error = peer.residual(x, dictionary, k).square().sum()
+    for one, other in zip(ours, torch.autograd.grad(error, (x, dictionary)), strict=True):
+        assert_rms_close(one, other, 1e-4)
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_overcomplete_loop_is_overcomplete(sizes):
     module = overcomplete_module()

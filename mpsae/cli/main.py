@@ -14,16 +14,18 @@ from mpsae import __version__
 _USAGE = {
     "train": "mpsae train [MODEL [DATASET]] [options]",
     "eval": "mpsae eval RUN... [options]",
+    "bench": "mpsae bench [--d D --n N --k K --batch B] [options]",
     "demo": "mpsae demo [options]",
 }
 
 
 def _commands() -> dict[str, tuple[type, Callable[[Any], object]]]:
-    from mpsae.cli import demo, eval, train
+    from mpsae.cli import bench, demo, eval, train
 
     return {
         "train": (train.TrainConfig, train.run),
         "eval": (eval.EvalConfig, eval.run),
+        "bench": (bench.BenchConfig, bench.run),
         "demo": (demo.DemoConfig, demo.run),
     }
 

@@ -1,0 +1,88 @@
+"""Measure a case: check it, time the contenders in turns, and set them beside their bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mpsae.benchmark.cases import Case, Contender, Problem
+from mpsae.benchmark.machine import measured_rates
+from mpsae.benchmark.timing import Times, interleave, peak_bytes
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender of one case: seconds, bytes and FLOPs."""
+
+    case: str
+    provider: str
+    B: int
+    d: int
+    n: int
+    k: int
+    dtype: str
+    seconds: Times
+    ratio: float
+    """Its median over ours."""
+    peak_bytes: int | None
+    """Most memory held above what was held before; None where not measured."""
+    flops: float
+    bytes: float
+    bound: float
+    """Seconds below which no implementation of the same work can be on this machine."""
+    error: float | None
+    """Of ours against fp64, checked before."""
+
+
+def measure(
+    case: Case,
+    problem: Problem,
+    *,
+    repetitions: int = 5,
+    patience: float = 10.0,
+    peers: Mapping[str, Contender] | None = None,
+) -> list[Row]:
+    """Check and time the contenders of a case.
+
+    Args:
+        case: one of :data:`CASES`.
+        problem: its tensors.
+        repetitions, patience: see :func:`interleave`. What is run once for the clock is not run
+            again for its memory.
+        peers: further contenders.
+
+    Returns:
+        A row for each contender, ours first.
+
+    Raises:
+        RuntimeError: ours is further from fp64 than the case allows; nothing was timed.
+    """
+    error = None if case.error is None else case.error(problem)
+    if error is not None and not error <= case.allowed:
+        raise RuntimeError(
+            f"{case.name} is {error:.1e} from fp64 at {problem.sizes}, allowed are "
+            f"{case.allowed:.0e}: nothing is timed"
+        )
+    contenders = case.contenders(problem) | dict(peers or {})
+    times = interleave({n: c.run for n, c in contenders.items()}, repetitions, patience)
+    rates = measured_rates(problem.x.device)
+    first = next(iter(times.values())).median
+    rows = []
+    for number, (name, contender) in enumerate(contenders.items()):
+        quick = times[name].median <= patience
+        rows.append(
+            Row(
+                case.name,
+                name,
+                *problem.sizes,
+                dtype=str(problem.x.dtype).removeprefix("torch."),
+                seconds=times[name],
+                ratio=times[name].median / first,
+                peak_bytes=peak_bytes(contender.run, problem.x.device) if quick else None,
+                flops=contender.work.flops,
+                bytes=contender.work.bytes,
+                bound=contender.work.bound(rates),
+                error=None if number else error,
+            )
+        )
+    return rows
