@@ -77,7 +77,7 @@ def chosen_of_batch(rows: Tensor, threshold: Tensor, count: int) -> tuple[Tensor
 
     Returns:
         values ``[B, w]``, indices ``[B, w]`` int64, rising, w the most that a row has (at least
-        1); 0 where a row has fewer. The smallest value chosen, NaN where there is none.
+        1); 0 where a row has fewer. The smallest value chosen, 0 where there is none.
     """
     if threshold < 0:
         values, indices = largest(rows.reshape(1, -1), min(count, rows.numel()))
@@ -93,7 +93,7 @@ def chosen_of_batch(rows: Tensor, threshold: Tensor, count: int) -> tuple[Tensor
     indices[row, place] = column
     chosen = rows[row, column]
     values = rows.new_zeros(B, width).index_put((row, place), chosen)
-    smallest = chosen.min() if len(kept) else rows.new_full((), torch.nan)
+    smallest = chosen.min() if len(kept) else rows.new_zeros(())
     return values, indices, smallest
 
 

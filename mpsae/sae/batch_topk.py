@@ -72,4 +72,4 @@ class BatchTopKSAE(TopKSAE):
         mixed = torch.lerp(smallest, self.threshold, self.config.threshold_momentum)
         learnt = torch.where(self.threshold < 0, smallest, mixed)
         # no latent fired: nothing to learn from
-        self.threshold.copy_(torch.where(smallest.isnan(), self.threshold, learnt))
+        self.threshold.copy_(torch.where(smallest > 0, learnt, self.threshold))
