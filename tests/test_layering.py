@@ -16,7 +16,7 @@ LAYERS = [
     {"mpsae.checks", "mpsae.gram", "mpsae.gram_cache", "mpsae.reverse", "mpsae.plan"},
     {"mpsae.backends", "mpsae.compiled", "mpsae.operator", "mpsae.pursuit"},
     {"mpsae.sae", "mpsae.activations"},
-    {"mpsae.training", "mpsae.evaluation", "mpsae.benchmark"},
+    {"mpsae.training", "mpsae.evaluation", "mpsae.benchmark", "mpsae.integrations"},
     {"mpsae.cli", "mpsae.assets", "mpsae.__main__"},
 ]
 # Third-party packages that a layer may import at all.
