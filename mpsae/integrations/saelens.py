@@ -213,9 +213,9 @@ def register() -> None:
     """Register the architecture :data:`ARCHITECTURE` with SAELens, for inference and training.
 
     `SparseTrainingConfig` and `SparseTrainingSAE` of this module exist from then on. Trained by
-    SAELens' own trainer, codes stay sparse from the encoder to the loss, nothing of
-    ``[B, d_sae]`` is made. `save_inference_model` writes SAELens' own `matching_pursuit`, which loads without this
-    package. Doing it twice is doing it once.
+    SAELens' own trainer, codes stay sparse from the encoder to the loss, and nothing of
+    ``[B, d_sae]`` is made. `save_inference_model` writes SAELens' own `matching_pursuit`, which
+    loads without this package. Doing it twice is doing it once.
     """
     from sae_lens.registry import (
         SAE_TRAINING_CLASS_REGISTRY,
