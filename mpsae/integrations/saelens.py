@@ -18,14 +18,12 @@ Semantics: `_encode_matching_pursuit` of sae_lens 6.54. What differs from it:
 from __future__ import annotations
 
 import importlib
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mpsae.integrations.patching import Patch
 from mpsae.pursuit import matching_pursuit
 from mpsae.sae import MatchingPursuitConfig, MatchingPursuitSAE
 from mpsae.sparse import Pursuit, sparse_decode
@@ -98,50 +96,9 @@ def _host() -> Any:
         ) from error
 
 
-def patch() -> None:
-    """Put :func:`encode_matching_pursuit` in the place of SAELens' encoder, in the whole process.
-
-    Inference and training classes both pick it up, also those made before. Doing it twice is
-    doing it once.
-
-    Raises:
-        ImportError: SAELens is not installed, or has no matching pursuit.
-        RuntimeError: its encoder has another signature than this one was written for.
-    """
-    host = _host()
-    current: Callable | None = getattr(host, _NAME, None)
-    if current is encode_matching_pursuit:
-        return
-    found = None if current is None else list(inspect.signature(current).parameters)
-    if found != _PARAMETERS:
-        import sae_lens
-
-        raise RuntimeError(
-            f"sae_lens {sae_lens.__version__} is not patched: its {_NAME} takes {found}, this "
-            f"package knows {_PARAMETERS}"
-        )
-    host._mpsae_replaced = current
-    setattr(host, _NAME, encode_matching_pursuit)
-
-
-def unpatch() -> None:
-    """Give SAELens its own encoder back; nothing happens where it has it."""
-    host = _host()
-    if getattr(host, _NAME) is encode_matching_pursuit:
-        setattr(host, _NAME, host._mpsae_replaced)
-        del host._mpsae_replaced
-
-
-@contextmanager
-def patched() -> Iterator[None]:
-    """Patch within a context, and leave SAELens as it was found."""
-    before = getattr(_host(), _NAME, None) is encode_matching_pursuit
-    patch()
-    try:
-        yield
-    finally:
-        if not before:
-            unpatch()
+_patch = Patch("sae-lens", _host, _NAME, encode_matching_pursuit, _PARAMETERS)
+# inference and training classes pick it up, also those made before
+patch, unpatch, patched = _patch.apply, _patch.revert, _patch.applied
 
 
 def from_saelens(sae: Any) -> MatchingPursuitSAE:

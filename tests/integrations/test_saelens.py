@@ -118,7 +118,7 @@ def test_the_patch_is_idempotent_and_can_be_taken_back():
 @pytest.mark.parametrize("stranger", [None, lambda x, W_dec, k: x])
 def test_a_host_with_another_signature_is_refused(stranger, monkeypatch):
     monkeypatch.setattr(host, "_encode_matching_pursuit", stranger)
-    with pytest.raises(RuntimeError, match=r"sae_lens [0-9.]+ is not patched"):
+    with pytest.raises(RuntimeError, match=r"sae-lens [0-9.]+ is not patched"):
         saelens.patch()
     assert host._encode_matching_pursuit is stranger
     monkeypatch.undo()
