@@ -62,7 +62,8 @@ def as_recorded(request):
         if request.config.getoption("--write-snapshot", False):
             return snapshot.write(section, found)
         told = snapshot.complaint(snapshot.read().get(section, {}), found, "make snapshot")
-        assert not told, f"{section} are not those of {snapshot.PATH.name}:\n{told}"
+        if told:
+            pytest.fail(f"{section}, not as in {snapshot.PATH.name}:\n{told}", pytrace=False)
 
     return check
 
