@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench test-slow test-gpu bench-gpu aot clean
+.PHONY: demo test lint bench test-slow test-gpu bench-gpu aot snapshot clean
 
 demo: $(READY)
 	@echo "== demo: train MP and TopK SAEs on the embedded model and compare them"
@@ -37,6 +37,10 @@ bench-gpu:
 aot: $(READY)
 	@echo "== Triton kernels compiled ahead of time: registers, spills, shared memory"
 	@$(BIN)/python bench/aot.py --check
+
+snapshot: $(READY)
+	@echo "== counts of work that the tests compare with, written anew: tests/snapshots"
+	@$(BIN)/python -m pytest --write-snapshot tests/test_work.py
 
 lint: $(READY)
 	@echo "== ruff and mypy"

@@ -24,6 +24,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--write-snapshot", action="store_true", help="write tests/snapshots in place of comparing"
+    )
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
     """A local text of some thousand words."""

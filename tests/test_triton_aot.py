@@ -1,5 +1,6 @@
 """The Triton kernels compiled ahead of time for GPUs that are not here, by bench/aot.py."""
 
+import functools
 import json
 import os
 import subprocess
@@ -7,13 +8,29 @@ import sys
 from pathlib import Path
 
 import pytest
+from snapshot import complaint
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
+COMMITTED = ROOT / "bench" / "results" / f"aot-{triton.__version__}.json"
+# what the tests below compile, and the kernels of other ways to go
+HOT = {
+    "gram_pursuit": ("cuda:90", "entries=i16", "dtype=fp32", "n=16384"),
+    "gram_chunked": ("cuda:90", "entries=i16", "dtype=fp32", "n=32768"),
+    "stream_argmax": ("cuda:90", "B=4096"),
+    "stream_step": ("cuda:90",),
+    "gram_build": ("cuda:80", "dtype=bf16"),
+    "pursuit_backward": ("cuda:90", "d=4096"),
+    "sparse_decode": ("cuda:90", "d=4096", "dtype=bf16"),
+    "sparse_dot": ("cuda:90", "d=4096", "dtype=bf16"),
+    "sparse_scatter": ("cuda:90", "d=4096", "dtype=bf16"),
+    "segment_sum": ("cuda:90", "dtype=fp32"),
+}
 
 
+@functools.cache
 def table(*arguments):
     """Lines of bench/aot.py, run in a process whose Triton compiles instead of interpreting."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -23,6 +40,23 @@ def table(*arguments):
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def differences_from(committed, lines):
+    """What to tell of kernels that take other resources than the committed table has."""
+    names = ("regs", "spill_bytes", "shared_bytes", "num_warps", "wide_loads", "tensor_core")
+    before = {}
+    for row in committed["rows"]:
+        entry = dict(zip(committed["columns"], row, strict=False))
+        key = entry["kernel"], entry["target"], entry["config"]
+        before[" ".join(key)] = {name: entry[name] for name in names}
+    after = {}
+    for line in lines:
+        config = " ".join(f"{key}={value}" for key, value in line["config"].items())
+        key = f"{line['kernel']} {line['target']} {config}"
+        after[key] = {name: line[name] for name in names}
+    before = {key: before[key] for key in before.keys() & after.keys()}  # a part is compiled
+    return complaint(before, after, f"python bench/aot.py --output {COMMITTED.relative_to(ROOT)}")
 
 
 def assert_fit(lines, kernel):
@@ -68,6 +102,17 @@ def test_sparse_sums_fit_and_are_added_four_at_a_time():
         assert_fit(lines, kernel)
         assert [line["wide_atomics"] for line in lines] == [kernel == "sparse_scatter"]
     assert lines[0]["shared_bytes"] == 0, "values are exchanged before they are added"
+
+
+@pytest.mark.parametrize("kernel", HOT)
+def test_kernels_take_what_the_committed_table_says(kernel):
+    if not COMMITTED.exists():
+        pytest.skip(f"no committed table for Triton {triton.__version__}")
+    target, *config = HOT[kernel]
+    lines = table("--kernel", kernel, "--target", target, "--config", *config)
+    told = differences_from(json.loads(COMMITTED.read_text()), lines)
+    if told:
+        pytest.fail(f"{kernel}, not as in {COMMITTED.name}:\n{told}", pytrace=False)
 
 
 @pytest.mark.slow
