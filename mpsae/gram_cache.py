@@ -63,7 +63,7 @@ def _samples(weights: Tensor) -> Tensor | None:
         return None
     n, d = weights.shape
     row = torch.arange(0, n, -(-n // _SAMPLES))
-    return weights.detach()[row, row * 7919 % d].clone()
+    return weights.detach()[row, row * 7919 % d]
 
 
 class GramCache:

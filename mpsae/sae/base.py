@@ -128,10 +128,11 @@ class SparseAutoencoder(nn.Module, ABC):
         losses = {"reconstruction": self._reconstruction_loss(x, code, reconstruction)}
         if self.training:
             self._count_firing(code)
-            if self.config.aux_coefficient > 0:
-                aux = self._aux_loss(x, (x - reconstruction).detach())
-                if aux is not None:
-                    losses["aux"] = self.config.aux_coefficient * aux
+            dead = self.dead_latents()
+            # a compiled graph cannot depend on it: without dead latents the loss is 0
+            if self.config.aux_coefficient > 0 and (torch.compiler.is_compiling() or dead.any()):
+                aux = self._aux_loss(x, (x - reconstruction).detach(), dead)
+                losses["aux"] = self.config.aux_coefficient * aux
         return SAEOutput(reconstruction, code, losses)
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -242,11 +243,7 @@ class SparseAutoencoder(nn.Module, ABC):
         """Say what dead latents see, and with which weights and bias."""
         return self._subtract_b_dec(x), self.encoder, self.b_enc
 
-    def _aux_loss(self, x: Tensor, residual: Tensor) -> Tensor | None:
-        dead = self.dead_latents()
-        # compiled, a graph cannot depend on it: without dead latents the loss is 0
-        if not torch.compiler.is_compiling() and not dead.any():
-            return None
+    def _aux_loss(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
         x, residual = (t.reshape(-1, t.shape[-1]) for t in (x, residual))
         seen, encoder, bias = self._encoder_of_dead(x, residual)
         wanted = self.config.aux_k or max(1, self.config.d_in // 2)
@@ -262,6 +259,8 @@ class SparseAutoencoder(nn.Module, ABC):
     def _count_firing(self, code: SparseCode | Pursuit) -> None:
         k = code.indices.shape[-1]
         self.rows_since_fired += code.indices.numel() // max(k, 1)
-        fired = torch.zeros_like(self.rows_since_fired, dtype=torch.bool)
-        fired.index_fill_(0, code.indices[code.values != 0], True)
-        self.rows_since_fired.masked_fill_(fired, 0)
+        n = len(self.rows_since_fired)
+        fired = self.rows_since_fired.new_zeros(n + 1, dtype=torch.bool)
+        # unused places go to one more latent: to leave them out would synchronise
+        fired.index_fill_(0, torch.where(code.values != 0, code.indices, n).flatten(), True)
+        self.rows_since_fired.masked_fill_(fired[:n], 0)

@@ -236,11 +236,11 @@ class _Run:
         bf16 = rows.device.type != "cpu" if config.autocast is None else config.autocast
         sums: dict[str, float] = {}
         parts = rows.chunk(config.accumulate)
-        total = _variance(rows)
+        total = _variance(rows) if len(parts) > 1 else None
         for part in parts:
             share = len(part) / len(rows)
             # a part's FVU is over its own variance; so the sum is the FVU of all rows
-            of_variance = share if len(parts) == 1 else (_variance(part) / total).item()
+            of_variance = share if total is None else (_variance(part) / total).item()
             with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=bf16):
                 output = sae(part)
             losses = {
