@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import estimate
@@ -42,7 +41,7 @@ def _assumptions() -> str:
         ["price of a GPU hour", f"${PRICE:.2f}"],
         ["tokens of a run", _si(TOKENS).strip()],
         ["not counted: a model of 8e9 parameters run forward, tokens/s of a GPU",
-         f"{estimate.forward_speed(8e9):,.0f}"],
+         _digits(estimate.forward_speed(8e9))],
     ]  # fmt: skip
     return markdown(["quantity", "value"], rows)
 
@@ -73,7 +72,7 @@ def _one_gpu() -> str:
         ["Adam and norms", _time(stream["Adam and norms"].seconds())],
     ]
     rows = [
-        [name, fits, _time(seconds), _time(seconds / B), f"{B / seconds:,.0f}"]
+        [name, fits, _time(seconds), _time(seconds / B), _digits(B / seconds)]
         for name, fits, seconds in batches
     ]
     return "\n\n".join(
@@ -92,8 +91,8 @@ def _crossovers() -> str:
         method, limit = estimate.unasked(sizes)
         rows.append(
             [
-                name, f"{_si(2 * sizes.n**2)}B", f"{at:,.0f}", f"{at / sizes.n:.2f}",
-                f"{math.ceil(at / sizes.k):,}", f"{sizes.B:,}",
+                name, f"{_si(2 * sizes.n**2)}B", _digits(at), f"{at / sizes.n:.2f}",
+                _digits(at / sizes.k), f"{sizes.B:,}",
                 f"{_si(limit)}B", method,
             ]
         )  # fmt: skip
@@ -112,7 +111,7 @@ def _ways() -> str:
                 longest = max(way.seconds, key=way.seconds.__getitem__)
                 hidden = "-"
                 if way.layout == "dictionary":
-                    hidden = f"{estimate.rows_to_hide_latency(sizes, way):,.0f}"
+                    hidden = _digits(estimate.rows_to_hide_latency(sizes, way))
                 rows.append(
                     [
                         name, str(gpus), way.method, way.layout if gpus > 1 else "-",
@@ -137,17 +136,27 @@ def _runs() -> str:
     rows = []
     for name, sizes in RUNS.items():
         for gpus in GPUS:
-            way = min(estimate.ways(sizes, gpus), key=lambda way: way.step)
-            speed = sizes.B / way.step
-            hours = TOKENS / speed / 3600
-            rows.append(
-                [
-                    name, str(gpus), way.method + (f", {way.layout}" if gpus > 1 else ""),
-                    f"{speed:,.0f}", f"{hours:,.2f}", f"{hours * gpus:,.1f}",
-                    f"${hours * gpus * PRICE:,.0f}",
-                ]
-            )  # fmt: skip
+            ways = sorted(estimate.ways(sizes, gpus), key=lambda way: way.step)
+            rows.append(_run(name, ways[0], ways[0].layout if gpus > 1 else ""))
+            taken = estimate.unasked(sizes)[0]
+            if gpus == 1 and ways[0].method != taken:
+                (today,) = (way for way in ways if way.method == taken)
+                rows.append(_run(name, today, "as the plan takes today"))
     return markdown(["run", "GPUs", "way", "tokens/s", "hours", "GPU hours", "cost"], rows)
+
+
+def _run(name: str, way: estimate.Estimate, note: str) -> list[str]:
+    speed = RUNS[name].B / way.step
+    hours = TOKENS / speed / 3600
+    return [
+        name, str(way.gpus), f"{way.method}, {note}".removesuffix(", "), _digits(speed),
+        _digits(hours), _digits(hours * way.gpus), f"${_digits(hours * way.gpus * PRICE)}",
+    ]  # fmt: skip
+
+
+def _digits(value: float) -> str:
+    """Three digits: estimates are not better than that."""
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _si(value: float) -> str:
@@ -160,6 +169,5 @@ def _si(value: float) -> str:
 def _time(seconds: float) -> str:
     for size, unit in ((1.0, "s"), (1e-3, "ms")):
         if seconds >= size:
-            digits = f"{seconds / size:,.0f}" if seconds >= 100 * size else f"{seconds / size:.3g}"
-            return f"{digits} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"
+            return f"{_digits(seconds / size)} {unit}"
+    return f"{_digits(seconds / 1e-6)} µs"

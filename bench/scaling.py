@@ -44,13 +44,7 @@ AXES = {
     "threads": (1, 2),
 }
 QUICK_BASE = Point(threads=1, B=16, d=16, n=64, k=4)
-QUICK_AXES = {
-    "B": (4, 16, 64),
-    "d": (8, 16, 32),
-    "n": (32, 64, 128),
-    "k": (2, 4, 8),
-    "threads": (1, 2),
-}
+QUICK_AXES = {"B": (4, 16, 64), "d": (16, 32), "n": (64, 128), "k": (4, 8), "threads": (1, 2)}
 
 CONTENDERS = {
     "encode": ("mpsae", "product + topk"),
@@ -110,7 +104,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     before = torch.get_num_threads()
     # points of one number of threads together: the rates are measured anew for each
     for point in sorted(axis_points(base, axes), key=lambda point: point.threads != base.threads):
-        if rows and rows[-1]["threads"] != point.threads:
+        if not rows or rows[-1]["threads"] != point.threads:
             measured_rates.cache_clear()
         found = list(measure_point(point, device, options.repetitions, options.patience))
         print(_line(point, found), flush=True)
@@ -163,7 +157,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing written")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--patience", type=float, default=2.0, help="seconds; slower is run once")
+    parser.add_argument("--patience", type=float, default=5.0, help="seconds; slower is run once")
     options = parser.parse_args(arguments)
     if options.quick and (options.write or options.results):
         parser.error("--quick measures anew and writes nothing")
