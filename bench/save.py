@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ def _git(*arguments: str) -> str:
     command = ["git", *arguments]
     done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
     return done.stdout.strip()
+
+
+def device_name() -> str:
+    """Give the device as it stands in the names of results files."""
+    return re.sub(r"[^a-z0-9]+", "-", benchmark.environment()["device"].lower()).strip("-")
 
 
 def save(name: str, result: dict[str, Any]) -> Path:
