@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -24,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from providers import Provider, providers
-from save import environment, save
+from save import device_name, environment, save
 from shapes import CPU, GPU, GRID, Shape
 
 from mpsae.benchmark import CASES, Contender, Problem, Row, measure, measured_rates, random_problem
@@ -150,8 +149,7 @@ def main() -> int:
         | {str(t).removeprefix("torch."): f for t, f in rates.flops.items()},
         "rows": rows,
     }
-    device_name = re.sub(r"[^a-z0-9]+", "-", environment()["device"].lower()).strip("-")
-    print(save(f"{device_name}{suffix}", result))
+    print(save(f"{device_name()}{suffix}", result))
     return 0
 
 
