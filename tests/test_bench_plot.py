@@ -197,3 +197,17 @@ def test_a_short_tradeoff_can_be_drawn(tmp_path):
         assert 0 < row["l0"] <= row["k"] == 4
     run(plot.main, path, "--out", tmp_path)
     assert_drawn(tmp_path, {"tradeoff.png"})
+
+
+def test_the_naive_loop_of_a_tradeoff_is_the_same_pursuit():
+    config = tradeoff.settings(3, ["matching_pursuit", "topk"], 4096)
+    runs = {
+        (3, name): tradeoff.Run(config.make_sae(name, 8), config) for name in config.architecture
+    }
+    ours = runs[3, "matching_pursuit"]
+    chosen = tradeoff.contenders(runs, 3)
+    assert set(chosen) == {"matching_pursuit", "topk", tradeoff.NAIVE}
+    naive = chosen[tradeoff.NAIVE].sae
+    assert (ours.sae.config.method, naive.config.method) == ("auto", "reference")
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))  # 0 draws the atoms
+    assert torch.equal(*(sae.encode(x).indices for sae in (ours.sae, naive)))
