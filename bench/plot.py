@@ -15,7 +15,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +114,9 @@ def plain(value: float, _: Any = None) -> str:
     return f"{value:,.4g}"
 
 
-def scale(axes: Axes, values: Iterable[float], ticks: Any = times) -> None:
-    """Set logarithmic axes, marked at every fourfold size and at 1, 2, 5 of each decade."""
-    sizes = set(values)
-    sizes = [size for size in sizes if math.log2(size / min(sizes)) % 2 == 0]
+def scale(axes: Axes, values: Sequence[float], ticks: Any = times) -> None:
+    """Set logarithmic axes, the one of sizes marked at every fourfold one."""
+    sizes = [size for size in values if math.log2(size / min(values)) % 2 == 0]
     axes.set(xscale="log", yscale="log")
     axes.xaxis.set_major_locator(FixedLocator(sizes))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -127,9 +126,11 @@ def scale(axes: Axes, values: Iterable[float], ticks: Any = times) -> None:
 
 
 def decimal_axis(axis: Any, ticks: Any) -> None:
-    """Mark a logarithmic axis, at 1, 2, 5 of each decade where it spans few."""
+    """Mark a logarithmic axis at the more of a decade's numbers, the fewer decades it spans."""
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(10, (1, 2, 5) if high < 1000 * low else (1,), numticks=20))
+    spans = {12: (1, 2, 3, 4, 6, 8), 1000: (1, 2, 5), math.inf: (1,)}
+    numbers = next(numbers for span, numbers in spans.items() if high < span * low)
+    axis.set_major_locator(LogLocator(10, numbers, numticks=30))
     axis.set_major_formatter(FuncFormatter(ticks))
     axis.set_minor_formatter(NullFormatter())
 
@@ -173,7 +174,7 @@ def draw_ratios(
         for case, provider, style in lines.values():
             rows = points(result["rows"], name, case, provider)
             panel.plot([row[name] for row in rows], [value(row["ratio"]) for row in rows], **style)
-        scale(panel, (row[name] for row in own))
+        scale(panel, [row[name] for row in own])
     shade(panels, losing_below)
     handles: list[Any] = [Line2D([], [], label=n, **style) for n, (*_, style) in lines.items()]
     return figure, [*handles, Patch(color=LOSING, label="mpsae slower")]
@@ -190,7 +191,7 @@ def speedup(result: dict[str, Any], folder: Path) -> Path:
     }  # fmt: skip
     figure, handles = draw_ratios(result, lines, lambda ratio: ratio, losing_below=True)
     figure.axes[0].set_ylabel("speed-up of mpsae")
-    title = "Speed-up of matching pursuit (encode: Gram matrix kept from earlier calls)"
+    title = "Speed-up of matching pursuit (encode: Gram matrix kept)"
     return finish(figure, title, result, handles, folder / "speedup.png", 3)
 
 
@@ -202,7 +203,7 @@ def price(result: dict[str, Any], folder: Path) -> Path:
     }
     figure, handles = draw_ratios(result, lines, lambda ratio: 1 / ratio, losing_below=False)
     figure.axes[0].set_ylabel("time of mpsae / time of TopK")
-    title = "Price of matching pursuit (encode: Gram matrix kept from earlier calls)"
+    title = "Price of matching pursuit relative to TopK (encode: Gram matrix kept)"
     return finish(figure, title, result, handles, folder / "price.png", 3)
 
 
@@ -221,7 +222,7 @@ def memory(result: dict[str, Any], folder: Path) -> Path:
     own = [row for row in result["rows"] if row["axis"] == "k"]
     if not own:
         raise SystemExit("the sweep has no axis k, along which memory is drawn")
-    scale(axes, (row["k"] for row in own), plain)
+    scale(axes, [row["k"] for row in own], plain)
     axes.set(xlabel=AXES["k"], ylabel="peak extra memory, MB")
     sizes = ", ".join(f"{name}={own[0][name]}" for name in ("d", "n", "B"))
     title = f"Memory of a training step, beside weights and optimiser state ({sizes})"
@@ -271,8 +272,8 @@ def tradeoff(result: dict[str, Any], folder: Path) -> Path:
         decimal_axis(axes.yaxis, plain)
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("held-out FVU (lower is better)")
-    sizes = f"d={rows[0]['d']}, n={rows[0]['n']}"
-    title = f"Reconstruction against runtime; the numbers are k ({sizes})"
+    fixed = f"d={rows[0]['d']}, n={rows[0]['n']}"
+    title = f"Reconstruction against runtime; the numbers are k ({fixed})"
     return finish(figure, title, result, handles, folder / "tradeoff.png", 4)
 
 
