@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench test-slow test-gpu bench-gpu aot snapshot clean
+.PHONY: demo test lint bench test-slow test-gpu bench-gpu plots aot snapshot clean
 
 demo: $(READY)
 	@echo "== demo: train MP and TopK SAEs on the embedded model and compare them"
@@ -33,6 +33,11 @@ bench-gpu:
 	@$(PYTHON) bench/suite.py
 	@$(PYTHON) bench/gpu.py
 	@$(PYTHON) bench/gpu_backward.py
+
+# the results files of one machine, measured by bench/sweep.py and bench/tradeoff.py
+plots: $(READY)
+	@echo "== the README's pictures from bench/results"
+	@$(BIN)/python bench/plot.py
 
 aot: $(READY)
 	@echo "== Triton kernels compiled ahead of time: registers, spills, shared memory"

@@ -28,14 +28,14 @@ def _git(*arguments: str) -> str:
 
 
 def device_name() -> str:
-    """Give the device as it stands in the names of results files."""
+    """Name the device as its results files do: lower case, words joined by hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", benchmark.environment()["device"].lower()).strip("-")
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
-    """Write `results/<name>.json`, the environment first, a row on a line."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def save(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write `<folder>/<name>.json`, the environment first, a row on a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     whole = {"environment": environment()} | result
     rows = ",\n  ".join(json.dumps(row) for row in whole.pop("rows"))
     head = json.dumps(whole, indent=1).removesuffix("\n}")
