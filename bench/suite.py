@@ -30,6 +30,7 @@ from shapes import CPU, GPU, GRID, Shape
 from mpsae.benchmark import CASES, Contender, Problem, Row, measure, measured_rates, random_problem
 from mpsae.benchmark.work import adam, naive_loop, pursuit_backward
 from mpsae.gram_cache import cache
+from mpsae.training import pick_device
 
 WITH_PEERS = ("encode", "encode_new_weights", "training_step")
 
@@ -49,7 +50,7 @@ def contender(peer: Provider, case: str, problem: Problem) -> Contender:
         peer.residual(x, weights, k).square().sum().backward()
         return optimizer.step()
 
-    cost = naive_loop(B, d, n, k) + pursuit_backward(B, d, k) + adam(n * d)
+    cost = naive_loop(B, d, n, k) + pursuit_backward(B, d, n, k) + adam(n * d)
     return Contender(step, cost)
 
 
@@ -68,7 +69,6 @@ def run_shape(
     given = problem()
     for case in shape.cases:
         peers = {p.name: contender(p, case, given) for p in chosen_peers(case, shape.peers)}
-        # what is slow by its operations alone is run once
         rows = measure(CASES[case], given, repetitions=repetitions, patience=patience, peers=peers)
         yield from ({"shape": name} | asdict(row) for row in rows)
         print(line(name, rows), flush=True)
@@ -125,7 +125,7 @@ def main() -> int:
     parser.add_argument("--patience", type=float, default=2.0, help="seconds; slower is run once")
     parser.add_argument("--batch", type=int, default=512, help="rows, with --sae")
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device = torch.device(pick_device(options.device))
     jobs: dict[str, tuple[Shape, Callable[[], Problem]]] = {}
     if options.sae is not None:
         from mpsae.cli.bench import trained_problem
@@ -136,7 +136,7 @@ def main() -> int:
     else:
         for name, shape in shapes_of(options).items():
             jobs[name] = shape, lambda s=shape: random_problem(*s[:4], device=device)
-    print(environment())
+    print(environment(device))
     print("peers: " + ", ".join(f"{p.name} ({p.version})" for p in providers()))
     rates = measured_rates(device)
     print(HEADER)
@@ -150,8 +150,8 @@ def main() -> int:
         | {str(t).removeprefix("torch."): f for t, f in rates.flops.items()},
         "rows": rows,
     }
-    device_name = re.sub(r"[^a-z0-9]+", "-", environment()["device"].lower()).strip("-")
-    print(save(f"{device_name}{suffix}", result))
+    device_name = re.sub(r"[^a-z0-9]+", "-", environment(device)["device"].lower()).strip("-")
+    print(save(f"{device_name}{suffix}", result, device))
     return 0
 
 
