@@ -169,9 +169,8 @@ def _training_step(problem: Problem) -> dict[str, Contender]:
     size, device = x.element_size(), x.device
     pursuit = MatchingPursuitSAE(MatchingPursuitConfig(d_in=d, d_sae=n, k=k)).to(device)
     topk = TopKSAE(TopKConfig(d_in=d, d_sae=n, k=min(k, n))).to(device)
-    with torch.no_grad():
-        for atoms in (pursuit.dictionary, topk.dictionary, topk.encoder):
-            atoms.copy_(dictionary)
+    for atoms in (pursuit.dictionary, topk.dictionary, topk.encoder):
+        atoms.detach().copy_(dictionary)
     weights = dictionary.detach().float().clone().requires_grad_()
     optimizer = _adam([weights])
 
@@ -185,12 +184,12 @@ def _training_step(problem: Problem) -> dict[str, Contender]:
     decoded = work.decode(B, d, n, k) + work.decode_backward(B, d, n, k)
     through_encoder = work.decode_backward(B, d, n, k)
     return {
-        "mpsae": Contender(_stepper(pursuit, x), forward + backward + work.adam(n * d)),
+        "mpsae": Contender(stepper(pursuit, x), forward + backward + work.adam(n * d)),
         "naive loop": Contender(
             naive, work.naive_loop(B, d, n, k) + backward + work.adam(n * d)
         ),
         "TopK": Contender(
-            _stepper(topk, x),
+            stepper(topk, x),
             work.product_and_topk(B, d, n, size)._replace(dtype=x.dtype) + decoded
             + through_encoder + work.adam(2 * n * d),
         ),
@@ -201,7 +200,8 @@ def _adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-6, fused=True)  # the problem should stay the same
 
 
-def _stepper(sae: SparseAutoencoder, x: Tensor) -> Callable[[], object]:
+def stepper(sae: SparseAutoencoder, x: Tensor) -> Callable[[], object]:
+    """Make a function that trains ``sae`` on ``x`` for a step: forward, backward, Adam, norms."""
     optimizer = _adam(sae.parameters())
     sae.constrain(optimizer)
     sae.train()
@@ -222,10 +222,8 @@ def _gram(problem: Problem) -> dict[str, Contender]:
     """Build the Gram matrix; the kernels' is in 16 bits, with the bound of its error."""
     _, d, n, _ = problem.sizes
     dictionary, dtype = problem.dictionary, problem.dictionary.dtype
-    size, backend = (
-        dictionary.element_size(),
-        choose_backend(dictionary.device, dtype, "auto", "auto"),
-    )
+    size = dictionary.element_size()
+    backend = choose_backend(dictionary.device, dtype, "auto", "auto")
     cost = work.gram(d, n, 4 if backend == "torch" else 2, size)
     return {
         "mpsae": Contender(

@@ -31,16 +31,16 @@ def _rows(problem: Problem) -> int:
     return max(1, min(B, int(rows)))
 
 
-def choice_error(problem: Problem) -> float:
+def choice_error(problem: Problem, **options: Any) -> float:
     """Errors of a pursuit with weights that are kept, see :func:`_off`."""
     with torch.no_grad():
-        return _off(problem, matching_pursuit(*problem))
+        return _off(problem, matching_pursuit(*problem, **options))
 
 
-def new_choice_error(problem: Problem) -> float:
+def new_choice_error(problem: Problem, **options: Any) -> float:
     """Errors of a pursuit with weights in training, see :func:`_off`."""
     x, dictionary, k = problem
-    found = matching_pursuit(x, dictionary.detach().requires_grad_(), k)
+    found = matching_pursuit(x, dictionary.detach().requires_grad_(), k, **options)
     with torch.no_grad():
         return _off(problem, found)
 
@@ -68,11 +68,11 @@ def _off(problem: Problem, found: Pursuit) -> float:
     return errors.max().item()  # of a tensor: Python's max passes over NaN
 
 
-def gradient_error(problem: Problem) -> float:
+def gradient_error(problem: Problem, **options: Any) -> float:
     """Relative error of the dictionary's gradient of sum ||residual||^2, the support frozen."""
     x, rows, k = problem.x.float(), _rows(problem), problem.k
     dictionary = problem.dictionary.detach().float().requires_grad_()
-    p = matching_pursuit(x, dictionary, k)
+    p = matching_pursuit(x, dictionary, k, **options)
     (ours,) = torch.autograd.grad(p.residual[:rows].square().sum(), dictionary)
     used, places = p.indices[:rows].unique(return_inverse=True)
     atoms = dictionary[used].detach().double().requires_grad_()
