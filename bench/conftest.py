@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from shapes import CPU, GPU, Shape
 
-_ALL = ("encode", "encode_new_weights", "training_step", "gram", "decode")
-SMOKE = Shape(8, 12, 21, 3, _ALL, peers=True)
+from mpsae.benchmark import CASES
+
+SMOKE = Shape(8, 12, 21, 3, tuple(CASES), peers=True)
 DEFAULT = ["toy tree", "MiniLM"]
 
 # pytest would look for doctests in the programs, and import what they need
