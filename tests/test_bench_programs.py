@@ -6,15 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import save
 import suite
+import test_speed
 import torch
+from providers import Provider, providers
 from shapes import CPU, GPU, GRID, Shape
 
-from mpsae.benchmark import CASES, Rates, Row, Times, random_problem
+from mpsae.benchmark import CASES, Problem, Rates, Row, Times, checks, random_problem
 from mpsae.cli import bench
 from mpsae.cli.main import main
 from mpsae.sae import SparseAutoencoder, TopKConfig, TopKSAE
@@ -202,7 +205,17 @@ def test_the_suite_measures_prints_and_saves(tmp_path, monkeypatch, capsys):
     assert peers <= by_case["encode"]
     assert by_case["training_step"] == peers | {"mpsae", "naive loop", "TopK"}
     assert not peers & by_case["gram"]
-    assert [p.name for p in suite.chosen_peers("encode", everyone=False)] == ["SAELens"]
+
+
+def test_peers_run_what_they_can(monkeypatch):
+    orthogonal = Provider("OMP", "", lambda *_: None, None, True, differentiable=False)
+    monkeypatch.setattr(suite, "providers", lambda: [*providers(packages=False), orthogonal])
+    loops = ["SAELens", "sparsify", "overcomplete", "Costa et al."]
+    names = {case: [p.name for p in suite.chosen_peers(case, True)] for case in CASES}
+    assert names.pop("encode") == [*loops, "OMP"]
+    assert names.pop("encode_new_weights") == names.pop("training_step") == loops
+    assert set(map(tuple, names.values())) == {()}
+    assert [p.name for p in suite.chosen_peers("encode", False)] == ["SAELens"]
 
 
 # pytest-benchmark
@@ -227,3 +240,47 @@ def test_pytest_benchmark_times_the_smallest_shape(tmp_path, read_json):
     names = {entry["params"]["provider"] for entry in timed}
     assert {"mpsae auto cpu", "mpsae gram torch", "naive loop", "SAELens", "TopK"} <= names
     assert all(entry["stats"]["rounds"] == 1 for entry in timed)
+
+
+def test_pytest_benchmark_names_the_shapes_there_are():
+    done = pytest_bench("--shapes", "MiniLM", "nosuch")
+    assert done.returncode == 4
+    assert "no shape 'nosuch'; there are smoke, toy tree, MiniLM, " in done.stderr
+
+
+@pytest.mark.parametrize("case", ["encode", "encode_new_weights", "training_step"])
+def test_pytest_benchmark_refuses_wrong_answers(case, monkeypatch):
+    problem = random_problem(40, 24, 64, 6)
+    test_speed.ours(case, "mpsae stream torch", problem)()
+    pursue = checks.matching_pursuit
+    asked = []
+
+    def wrong(x, dictionary, k, **options):
+        asked.append(options)
+        p = pursue(x, dictionary, k, **options)
+        return p._replace(residual=1.001 * p.residual)
+
+    monkeypatch.setattr(checks, "matching_pursuit", wrong)
+    with pytest.raises(RuntimeError, match="nothing is timed"):
+        test_speed.ours(case, "mpsae gram torch", problem)
+    assert asked == [{"method": "gram", "backend": "torch"}]
+
+
+def test_pytest_benchmark_refuses_wrong_peers():
+    problem = random_problem(40, 24, 64, 6)
+    for peer in providers():
+        test_speed.check_peer(peer, problem)
+    lazy = replace(providers(packages=False)[0], encode=lambda x, w, k: x.new_zeros(40, 64))
+    with pytest.raises(AssertionError):
+        test_speed.check_peer(lazy, problem)
+    with pytest.raises(AssertionError):  # explains more than a pursuit can
+        test_speed.check_peer(
+            replace(lazy, encode=lambda x, w, k: torch.linalg.lstsq(w.T, x.T).solution.T), problem
+        )
+
+
+def test_pytest_benchmark_skips_what_cannot_be_had():
+    x, dictionary, k = random_problem(4, 8, 16, 2)
+    problem = Problem(x.double(), dictionary.double(), k)
+    with pytest.raises(pytest.skip.Exception, match="the input is fp64"):
+        test_speed.ours("encode", "mpsae gram cpu", problem)
