@@ -8,14 +8,16 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mpsae import benchmark
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def environment() -> dict[str, Any]:
+def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Device, versions and commit, as every results file has them."""
-    return benchmark.environment() | {
+    return benchmark.environment(device) | {
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
@@ -23,20 +25,31 @@ def environment() -> dict[str, Any]:
 
 def _git(*arguments: str) -> str:
     command = ["git", *arguments]
-    done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return ""
     return done.stdout.strip()
 
 
-def device_name() -> str:
+def device_name(device: torch.device | None = None) -> str:
     """Name the device as its results files do: lower case, words joined by hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", benchmark.environment()["device"].lower()).strip("-")
+    name = benchmark.environment(device)["device"]
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def save(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write `<folder>/<name>.json`, the environment first, a row on a line."""
+def save(
+    name: str,
+    result: dict[str, Any],
+    folder: Path | None = None,
+    device: torch.device | None = None,
+) -> Path:
+    """Write `<folder>/<name>.json` (results/ by default), the environment first, a row on a line."""
+    folder = RESULTS if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    whole = {"environment": environment()} | result
+    whole = {"environment": environment(device)} | result
     rows = ",\n  ".join(json.dumps(row) for row in whole.pop("rows"))
     head = json.dumps(whole, indent=1).removesuffix("\n}")
     path.write_text(f'{head},\n "rows": [\n  {rows}\n ]\n}}\n')

@@ -48,7 +48,7 @@ def contender(peer: Provider, case: str, problem: Problem) -> Contender:
         peer.residual(x, weights, k).square().sum().backward()
         return optimizer.step()
 
-    cost = naive_loop(B, d, n, k) + pursuit_backward(B, d, k) + adam(n * d)
+    cost = naive_loop(B, d, n, k) + pursuit_backward(B, d, n, k) + adam(n * d)
     return Contender(step, cost)
 
 
@@ -67,7 +67,6 @@ def run_shape(
     given = problem()
     for case in shape.cases:
         peers = {p.name: contender(p, case, given) for p in chosen_peers(case, shape.peers)}
-        # what is slow by its operations alone is run once
         rows = measure(CASES[case], given, repetitions=repetitions, patience=patience, peers=peers)
         yield from ({"shape": name} | asdict(row) for row in rows)
         print(line(name, rows), flush=True)
@@ -135,7 +134,7 @@ def main() -> int:
     else:
         for name, shape in shapes_of(options).items():
             jobs[name] = shape, lambda s=shape: random_problem(*s[:4], device=device)
-    print(environment())
+    print(environment(device))
     print("peers: " + ", ".join(f"{p.name} ({p.version})" for p in providers()))
     rates = measured_rates(device)
     print(HEADER)
@@ -149,7 +148,7 @@ def main() -> int:
         | {str(t).removeprefix("torch."): f for t, f in rates.flops.items()},
         "rows": rows,
     }
-    print(save(f"{device_name()}{suffix}", result))
+    print(save(f"{device_name(device)}{suffix}", result, device=device))
     return 0
 
 

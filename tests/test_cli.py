@@ -9,6 +9,7 @@ import pytest
 
 import mpsae
 from mpsae.activations import BufferConfig, TextConfig
+from mpsae.cli.bench import BenchConfig
 from mpsae.cli.demo import DemoConfig
 from mpsae.cli.eval import EvalConfig, find_saes
 from mpsae.cli.main import main
@@ -200,7 +201,7 @@ def test_sae_settings_reach_the_sae(arguments, tmp_path, read_json):
 @pytest.mark.parametrize(
     ("command", "configs"),
     [("train", [TrainConfig, TextConfig, BufferConfig]), ("eval", [EvalConfig]),
-     ("demo", [DemoConfig])],
+     ("bench", [BenchConfig]), ("demo", [DemoConfig])],
 )  # fmt: skip
 def test_help_lists_every_option_with_what_it_does(command, configs, capsys):
     import ast

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +12,8 @@ import torch
 
 from mpsae.benchmark.timing import interleave
 
-_COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes; larger than any cache
-_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices multiplied
+_COPIED = {"cuda": 2**30}  # bytes, larger than any cache; others 2**28
+_SIDE = {"cuda": 8192}  # of the square matrices multiplied; others 2048
 
 
 class Rates(NamedTuple):
@@ -24,29 +25,35 @@ class Rates(NamedTuple):
 
 @lru_cache
 def measured_rates(device: torch.device) -> Rates:
-    """Measure a copy and products in fp32 and bf16 by torch, each the 20th percentile of five."""
-    copy = 2 * _COPIED[device.type] / _copy_seconds(device)
-    flops = {
-        dtype: 2 * _SIDE[device.type] ** 3 / _product_seconds(device, dtype)
-        for dtype in (torch.float32, torch.bfloat16)
-    }
-    return Rates(copy, flops)
+    """Measure a copy and products in fp32 and bf16 by torch, each the fastest of five: a bound."""
+    with torch.cuda.device_of(torch.empty(0, device=device)):
+        flops = {dtype: _products(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+        return Rates(_copied(device), flops)
 
 
-def _copy_seconds(device: torch.device) -> float:
-    source = torch.zeros(_COPIED[device.type], dtype=torch.int8, device=device)
+def _copied(device: torch.device) -> float:
+    size = _COPIED.get(device.type, 2**28)
+    source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.zeros_like(source)
-    return interleave({"": lambda: target.copy_(source)})[""].p20
+    return 2 * size / _fastest(lambda: target.copy_(source))
 
 
-def _product_seconds(device: torch.device, dtype: torch.dtype) -> float:
-    side = _SIDE[device.type]
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return interleave({"": lambda: a @ b})[""].p20
+def _products(device: torch.device, dtype: torch.dtype) -> float:
+    side = _SIDE.get(device.type, 2048)
+    a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
+    return 2 * side**3 / _fastest(lambda: torch.mm(a, b, out=out))
 
 
-def environment() -> dict[str, Any]:
-    """Device, threads and versions."""
+def _fastest(function: Callable[[], object]) -> float:
+    return min(interleave({"": function}, 1)[""].median for _ in range(5))
+
+
+def environment(device: str | torch.device | None = None) -> dict[str, Any]:
+    """Device, threads and versions.
+
+    Args:
+        device: what is measured; a GPU where there is one by default.
+    """
     import mpsae
 
     try:
@@ -55,9 +62,11 @@ def environment() -> dict[str, Any]:
         triton_version = triton.__version__
     except ImportError:
         triton_version = None
-    cuda = torch.cuda.is_available()
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    cuda = torch.device(device).type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "threads": torch.get_num_threads(),
         "driver": _driver() if cuda else None,
         "mpsae": mpsae.__version__,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -82,27 +83,32 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int | No
             resident pages of the process.
 
     Returns:
-        Bytes, its results included; None where the system does not say (other than Linux).
+        Bytes, its results included; None where the system does not say (not Linux, or a container
+        that forbids to ask).
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        allocated = torch.cuda.memory_allocated(device)
         function()
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        # pages that malloc keeps for later would hide what the run takes
-        ctypes.CDLL(None).malloc_trim(0)
-        _CLEAR.write_text("5")  # the peak starts anew
-        before = _resident("VmRSS:")
-        function()
-        return max(0, _resident("VmHWM:") - before)
-    except (OSError, AttributeError):
+        return torch.cuda.max_memory_allocated(device) - allocated
+    if not sys.platform.startswith("linux"):
         return None
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc: pages kept for later would hide what the run takes
+        libc.malloc_trim(0)
+    try:
+        _CLEAR.write_text("5")  # the peak starts anew
+    except OSError:  # forbidden in some containers
+        return None
+    before = _resident("VmRSS:")
+    function()
+    peak = _resident("VmHWM:")
+    return None if before is None or peak is None else max(0, peak - before)
 
 
-def _resident(name: str) -> int:
+def _resident(name: str) -> int | None:
     for line in _STATUS.read_text().splitlines():
         if line.startswith(name):
             return 1024 * int(line.split()[1])
-    raise OSError(f"no {name} in {_STATUS}")
+    return None

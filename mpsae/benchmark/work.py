@@ -2,7 +2,8 @@
 
 A byte counts where it has to come from memory or go there, once where a cache should hold it. The
 bound is the longer of the two: operations at the rate of a product of their dtype, bytes at the
-rate of a copy, both measured on the machine at hand.
+rate of a copy, both measured on the machine at hand. A sum of several works has the dtype of the
+first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import NamedTuple
 import torch
 
 from mpsae.benchmark.machine import Rates
+
+_CACHE = 2**25  # bytes of a dictionary that stays in cache while rows come back to its atoms
 
 
 class Work(NamedTuple):
@@ -42,24 +45,29 @@ def naive_loop(B: int, d: int, n: int, k: int, itemsize: int = 4) -> Work:
     return Work(k * 2 * B * d * n, k * itemsize * (n * d + 2 * B * n + 3 * B * d))
 
 
-def pursuit_backward(B: int, d: int, k: int, itemsize: int = 4) -> Work:
+def _visits(B: int, d: int, n: int, k: int, itemsize: int) -> int:
+    """Count the atoms that are fetched: each once where the dictionary stays in cache."""
+    return min(B * k, n) if n * d * itemsize <= _CACHE else B * k
+
+
+def pursuit_backward(B: int, d: int, n: int, k: int, itemsize: int = 4) -> Work:
     """Count, for each step: an atom read, four products with it, its gradient added to."""
-    return Work(8 * B * k * d, B * k * d * (itemsize + 8))
+    return Work(8 * B * k * d, _visits(B, d, n, k, itemsize + 4) * d * (itemsize + 8))
 
 
-def decode(B: int, d: int, k: int, itemsize: int = 4) -> Work:
+def decode(B: int, d: int, n: int, k: int, itemsize: int = 4) -> Work:
     """Count a sum of k atoms a row."""
-    return Work(2 * B * k * d, itemsize * (B * k * d + B * d))
+    return Work(2 * B * k * d, itemsize * d * (_visits(B, d, n, k, itemsize) + B))
 
 
-def decode_backward(B: int, d: int, k: int, itemsize: int = 4) -> Work:
+def decode_backward(B: int, d: int, n: int, k: int, itemsize: int = 4) -> Work:
     """Count both gradients of a decode."""
-    return Work(4 * B * k * d, B * k * d * (itemsize + 8))
+    return Work(4 * B * k * d, _visits(B, d, n, k, itemsize + 4) * d * (itemsize + 8))
 
 
-def gram(d: int, n: int, entry: int) -> Work:
+def gram(d: int, n: int, entry: int, itemsize: int = 4) -> Work:
     """Count the Gram matrix of n atoms, ``entry`` bytes a number, written once."""
-    return Work(2 * d * n * n, 8 * n * d + entry * n * n)
+    return Work(2 * d * n * n, itemsize * n * d + entry * n * n)
 
 
 def adam(parameters: int) -> Work:

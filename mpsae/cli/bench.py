@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -57,10 +57,13 @@ def run(config: BenchConfig) -> None:
     """Print the machine, the plans and the table."""
     for name in config.cases:
         checks.choice("cases", name, list(CASES))
+    if config.json is not None and not config.json.absolute().parent.is_dir():
+        raise ValueError(f"--json: there is no folder {config.json.absolute().parent}")
     device = torch.device(pick_device(config.device))
     dtype = getattr(torch, config.dtype)
     problem = _problem(config, device, dtype)
-    print(describe(environment(), device))
+    machine = environment(device)
+    print(describe(machine, device))
     print(plans(problem))
     rows: list[Row] = []
     for name in config.cases:
@@ -70,7 +73,7 @@ def run(config: BenchConfig) -> None:
     print()
     print(report(rows))
     if config.json is not None:
-        written = {"environment": environment(), "rows": [asdict(row) for row in rows]}
+        written = {"environment": machine, "rows": [asdict(row) for row in rows]}
         config.json.write_text(json.dumps(written, indent=1) + "\n")
 
 
@@ -100,15 +103,17 @@ def trained_problem(
     if not {"model_name", "hook_name"} <= origin.keys():
         raise ValueError(f"{folder} does not say on which model and hookpoint it was trained")
     model, tokenizer = load_language_model(origin["model_name"], device=device)
+    text = origin.get("text", {"context": origin.get("context_size", 256)})
     stream = ActivationStream(
-        model, tokenizer, [origin["hook_name"]], TextConfig(**origin.get("text", {})),
+        model, tokenizer, [origin["hook_name"]], TextConfig(**text),
         BufferConfig(buffer_tokens=2 * batch), batch=batch, side="heldout",
     )  # fmt: skip
     rows = next(iter(stream), {}).get(origin["hook_name"])
     if rows is None or len(rows) < batch:
         found = 0 if rows is None else len(rows)
         raise ValueError(f"{found} held-out activations, fewer than the batch of {batch}")
-    x = rows.to(device) - sae.b_dec.detach()
+    with torch.no_grad():
+        x = sae._subtract_b_dec(rows.to(device))  # as its config says
     dictionary = torch.nn.functional.normalize(sae.dictionary.detach(), dim=1)
     return Problem(x.to(dtype), dictionary.to(dtype), sae.config.k)
 
@@ -130,15 +135,16 @@ def describe(machine: dict, device: torch.device) -> str:
 def plans(problem: Problem) -> str:
     """Say how a call goes and why."""
     B, d, n, k = problem.sizes
+    given: dict[str, Any] = {"device": problem.x.device, "dtype": problem.x.dtype}
+    try:
+        plan(B, d, n, k, **given, method="gram")
+        fits = True
+    except ValueError:
+        fits = False
+    seen = plan(B, d, n, k, **given, gram_cached=fits)
+    new = plan(B, d, n, k, **given, training=True)
     lines = [f"B={B} d={d} n={n} k={k}"]
-    for words, training, cached in (
-        ("weights seen before", False, True),
-        ("new weights", True, False),
-    ):
-        chosen = plan(
-            B, d, n, k, device=problem.x.device, dtype=problem.x.dtype, training=training,
-            gram_cached=cached,
-        )  # fmt: skip
+    for words, chosen in (("weights seen before", seen), ("new weights", new)):
         lines.append(f"  {words}: {chosen.backend}, {chosen.variant}: {chosen.reason}")
     return "\n".join(lines)
 
