@@ -117,7 +117,7 @@ def terms(sizes: Sizes, method: Method, layout: Layout = "data", gpus: int = 1) 
         found["gradient"] = Term(link=4 * B / gpus * k * d * others, collectives=1)
     elif gpus > 1:
         found["gradient"] = Term(link=2 * others * 4 * n * d, collectives=1)
-    found["backward"] = Term(bytes=work.pursuit_backward(1, d, k, 2).bytes * B / gpus)
+    found["backward"] = Term(bytes=work.pursuit_backward(1, d, n, k, 2).bytes * B / gpus)
     found["Adam and norms"] = Term(bytes=work.adam(1).bytes * atoms * d + NORM_BYTES * atoms * d)
     return found
 

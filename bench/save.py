@@ -45,7 +45,7 @@ def save(
     folder: Path | None = None,
     device: torch.device | None = None,
 ) -> Path:
-    """Write `<folder>/<name>.json` (results/ by default), the environment first, a row on a line."""
+    """Write `<name>.json` in results/ or a folder, the environment first, a row on a line."""
     folder = RESULTS if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
