@@ -1,11 +1,13 @@
 """The README's example runs, and its command lines are ones that the program takes."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 from simple_parsing import ArgumentParser
+from table import markdown
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -49,3 +51,9 @@ def test_files_that_are_named_exist():
         assert (ROOT / name).exists(), name
     for target in re.findall(r"(?:^|`)make ([a-z-]+)", TEXT, flags=re.M):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M), target
+
+
+def test_the_speed_table_is_that_of_the_results():
+    (name,) = re.findall(r"\]\((bench/results/[a-z0-9-]+\.json)\)\):\n\n\| shape", TEXT)
+    for line in markdown(json.loads((ROOT / name).read_text())):
+        assert line in TEXT.splitlines(), line
