@@ -37,7 +37,7 @@ from mpsae.sparse import l0
 from mpsae.training import TrainConfig, pick_device
 from mpsae.training.loop import learning_rate
 
-ARCHITECTURES = ["matching_pursuit", "topk", "batch_topk"]
+ARCHITECTURES = ["matching_pursuit", "topk"]
 NAIVE = "naive loop"
 
 

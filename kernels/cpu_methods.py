@@ -35,7 +35,7 @@ def choose_method(B: int, d: int, n: int, k: int, *, bf16: bool) -> Method:
     quarter of that (measured on Zen 5), a row update from the Gram about 8 / d:
 
         stream   B k products
-        gram     n fp32 products once, B products, B k row updates
+        gram     n fp32 products once, rounded to 16 bits, B products, B k row updates
         lazy     as gram, but with the rows of n (1 - exp(-B k / n)) atoms: what B k draws hit when
                  all atoms are alike, more than real dictionaries see
 
@@ -44,9 +44,10 @@ def choose_method(B: int, d: int, n: int, k: int, *, bf16: bool) -> Method:
     updates = B * product + B * k * 8 / d
     cost: dict[Method, float] = {
         "stream": B * k * product,
-        "gram": n + updates,
+        # products on their way to 16 bits take a quarter more
+        "gram": 1.25 * n + updates,
         # gathers, and correlations that leave the cache between two steps
-        "lazy": 1.25 * n * (1 - math.exp(-B * k / n)) + 2 * updates,
+        "lazy": 1.6 * n * (1 - math.exp(-B * k / n)) + 2 * updates,
     }
     return min(cost, key=cost.__getitem__)
 
