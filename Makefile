@@ -1,10 +1,11 @@
 # make demo and make test need python3 and make, nothing else.
 PYTHON ?= python3
 VENV ?= .venv
+HOSTS ?= .venv-hosts
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench test-slow test-gpu bench-gpu plots aot snapshot clean
+.PHONY: demo test test-integrations lint bench test-slow test-gpu bench-gpu plots aot snapshot clean
 
 demo: $(READY)
 	@echo "== demo: train MP and TopK SAEs on the embedded model and compare them"
@@ -13,6 +14,11 @@ demo: $(READY)
 test: $(READY)
 	@echo "== tests and doctests"
 	@$(BIN)/python -m pytest
+
+test-integrations: $(HOSTS)/ready
+	@echo "== other packages with this encoder, against themselves"
+	@$(HOSTS)/bin/python -m pytest tests/integrations tests/test_peer_loops.py \
+		tests/test_saelens_layout.py
 
 test-slow: $(READY)
 	@echo "== slow tests: every kernel compiled for every target"
@@ -30,7 +36,7 @@ bench: $(READY)
 
 bench-gpu:
 	@echo "== every shape on the GPU, then its kernels one by one"
-	@$(PYTHON) bench/suite.py
+	@$(PYTHON) bench/suite.py --device cuda
 	@$(PYTHON) bench/gpu.py
 	@$(PYTHON) bench/gpu_backward.py
 
@@ -52,13 +58,21 @@ lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 # torch comes first and alone, so that the build it brings satisfies everything after it
+define install
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt $(2) setuptools
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation $(3) -e .
+	@touch $(1)/ready
+endef
+
 $(READY): requirements.txt setup.py pyproject.toml $(wildcard kernels/csrc/*)
 	@echo "== environment in $(VENV): installing the pinned packages (once)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt setuptools
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	@touch $@
+	$(call install,$(VENV))
+
+$(HOSTS)/ready: requirements.txt requirements-hosts.txt setup.py pyproject.toml $(wildcard kernels/csrc/*)
+	@echo "== environment in $(HOSTS): installing the hosts too (once)"
+	$(call install,$(HOSTS),-r requirements-hosts.txt,overcomplete==0.3.0)
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info
+	rm -rf $(VENV) $(HOSTS) build dist runs *.egg-info

@@ -124,6 +124,9 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=512, help="rows, with --sae")
     options = parser.parse_args()
     device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("bench/suite.py: torch finds no CUDA device, nothing is measured")
+        return 0
     jobs: dict[str, tuple[Shape, Callable[[], Problem]]] = {}
     if options.sae is not None:
         from mpsae.cli.bench import trained_problem

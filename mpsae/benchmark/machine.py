@@ -14,6 +14,7 @@ from mpsae.benchmark.timing import interleave
 
 _COPIED = {"cuda": 2**30}  # bytes, larger than any cache; others 2**28
 _SIDE = {"cuda": 8192}  # of the square matrices multiplied; others 2048
+_RUNS = 20  # for two seconds: a shorter time can lie within a bad moment of the machine
 
 
 class Rates(NamedTuple):
@@ -25,7 +26,7 @@ class Rates(NamedTuple):
 
 @lru_cache
 def measured_rates(device: torch.device) -> Rates:
-    """Measure a copy and products in fp32 and bf16 by torch, each the fastest of five: a bound."""
+    """Measure a copy and products in fp32 and bf16 by torch, each the fastest of several: a bound."""
     with torch.cuda.device_of(torch.empty(0, device=device)):
         flops = {dtype: _products(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
         return Rates(_copied(device), flops)
@@ -45,7 +46,7 @@ def _products(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _fastest(function: Callable[[], object]) -> float:
-    return min(interleave({"": function}, 1)[""].median for _ in range(5))
+    return min(interleave({"": function}, 1)[""].median for _ in range(_RUNS))
 
 
 def environment(device: str | torch.device | None = None) -> dict[str, Any]:
