@@ -50,7 +50,7 @@ STEP = MP = {"color": RED, "marker": "s"}
 NAIVE = "the same MP SAEs, naive loop"
 RIGHT = {"xytext": (6, 2), "ha": "left", "va": "bottom"}
 LABELLED = {
-    "MP, mpsae": RIGHT, NAIVE: RIGHT, "TopK": {"xytext": (-6, -4), "ha": "right", "va": "top"}
+    "MP, mpsae": RIGHT, NAIVE: RIGHT, "TopK": {"xytext": (-6, 0), "ha": "right", "va": "center"}
 }  # fmt: skip
 PEER = {"ls": (0, (4, 2)), "mfc": "white"}
 

@@ -26,7 +26,7 @@ class Rates(NamedTuple):
 
 @lru_cache
 def measured_rates(device: torch.device) -> Rates:
-    """Measure a copy and products in fp32 and bf16 by torch, each the fastest of several: a bound."""
+    """Measure a copy and products in fp32 and bf16 by torch, each the fastest of many: a bound."""
     with torch.cuda.device_of(torch.empty(0, device=device)):
         flops = {dtype: _products(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
         return Rates(_copied(device), flops)
