@@ -168,5 +168,18 @@ def test_what_is_too_slow_is_run_once_in_all():
     assert (calls, row.seconds.runs, row.peak_bytes) == ([0], 1, None)
 
 
+def test_what_does_not_fit_into_memory_is_left_out_but_ours_is_not():
+    def too_large():
+        raise torch.OutOfMemoryError
+
+    fits, large = Contender(lambda: 0, Work(1.0, 1.0)), Contender(too_large, Work(1.0, 1.0))
+    case = CASES["gram"]._replace(contenders=lambda problem: {"mpsae": fits, "naive loop": large})
+    rows = measure(case, random_problem(*SIZES), repetitions=1, peers={"peer": fits})
+    assert [row.provider for row in rows] == ["mpsae", "peer"]
+    case = case._replace(contenders=lambda problem: {"mpsae": large, "naive loop": fits})
+    with pytest.raises(RuntimeError, match=r"gram does not fit into memory at \("):
+        measure(case, random_problem(*SIZES), repetitions=1)
+
+
 def test_a_case_without_a_check_is_timed():
     assert CASES["gram"]._replace(error=None).check(random_problem(*SIZES)) is None

@@ -54,20 +54,23 @@ def measure(
         peers: further contenders.
 
     Returns:
-        A row for each contender, ours first.
+        A row for each contender, ours first; none for what does not fit into a GPU's memory.
 
     Raises:
-        RuntimeError: ours is further from fp64 than the case allows; nothing was timed.
+        RuntimeError: ours is further from fp64 than the case allows, and nothing was timed; or it
+            does not fit into memory.
     """
     error = case.check(problem)
     contenders = case.contenders(problem) | dict(peers or {})
     with torch.cuda.device_of(problem.x):  # the clock waits for the current GPU
         times = interleave({n: c.run for n, c in contenders.items()}, repetitions, patience)
     rates = measured_rates(problem.x.device)
-    first = next(iter(times.values())).median
+    ours = next(iter(contenders))
+    if ours not in times:
+        raise RuntimeError(f"{case.name} does not fit into memory at {problem.sizes}")
     rows = []
-    for number, (name, contender) in enumerate(contenders.items()):
-        quick = times[name].median <= 5 * patience
+    for name in times:
+        contender, quick = contenders[name], times[name].median <= 5 * patience
         rows.append(
             Row(
                 case.name,
@@ -75,12 +78,12 @@ def measure(
                 *problem.sizes,
                 dtype=str(problem.x.dtype).removeprefix("torch."),
                 seconds=times[name],
-                ratio=times[name].median / first,
+                ratio=times[name].median / times[ours].median,
                 peak_bytes=peak_bytes(contender.run, problem.x.device) if quick else None,
                 flops=contender.work.flops,
                 bytes=contender.work.bytes,
                 bound=contender.work.bound(rates),
-                error=None if number else error,
+                error=error if name == ours else None,
             )
         )
     return rows

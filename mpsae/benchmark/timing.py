@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import statistics
 import sys
@@ -38,17 +39,20 @@ def interleave(
             counts.
 
     Returns:
-        Times of each.
+        Times of each, but for those whose first run does not fit into a GPU's memory.
 
     Example:
         >>> interleave({"sum": lambda: sum(range(100))}, repetitions=3)["sum"].runs
         3
     """
-    taken = {name: [_seconds(function)] for name, function in functions.items()}
+    taken: dict[str, list[float]] = {}
+    for name, function in functions.items():
+        with contextlib.suppress(torch.OutOfMemoryError):
+            taken[name] = [_seconds(function)]
     for _ in range(repetitions):
-        for name, function in functions.items():
-            if taken[name][0] <= patience:
-                taken[name].append(_seconds(function))
+        for name, seconds in taken.items():
+            if seconds[0] <= patience:
+                seconds.append(_seconds(functions[name]))
     return {name: _summary(sorted(t[1:] or t)) for name, t in taken.items()}
 
 
