@@ -17,7 +17,7 @@ CASES = {
     "training_step": "training step",
 }
 HEADER = (
-    "| shape | B, d, n, k | | mpsae | naive loop | SAELens | TopK | of bound | memory: ours, theirs |",
+    "| shape | B, d, n, k | | mpsae | naive loop | SAELens | TopK | of bound | memory, theirs |",
     "|---|---|---|---|---|---|---|---|---|",
 )
 
