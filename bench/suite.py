@@ -1,6 +1,6 @@
 """Measure every shape against the naive loop, the peers and the price of TopK.
 
-    python bench/suite.py                     the shapes of this device, about ten minutes on two cores
+    python bench/suite.py                     the shapes of this device (about ten minutes)
     python bench/suite.py --shapes MiniLM     some of them
     python bench/suite.py --grid              54 shapes with new weights (about 25 minutes)
     python bench/suite.py --sae FOLDER        a trained SAE and its model's activations
