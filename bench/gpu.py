@@ -22,7 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mpsae.benchmark import interleave
+from mpsae.benchmark import interleave, measured_rates
 from mpsae.kernels import triton_pursuit
 
 
@@ -63,13 +63,6 @@ def naive_runs(x: Tensor, dictionary: Tensor, k: int) -> dict[str, float]:
     return times
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second of a copy, read and written."""
-    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source))
-
-
 def regret(x: Tensor, dictionary: Tensor, answer: tuple[Tensor, ...]) -> float:
     """How far a choice falls behind the best at its own residual, fp64, parts of the norms."""
     indices, values, residual, steps = answer[:4]
@@ -99,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     n, d, k = options.atoms, options.dim, options.steps
     torch.manual_seed(0)
     dictionary = torch.nn.functional.normalize(torch.randn(n, d, device="cuda"), dim=1).bfloat16()
-    bandwidth = copy_bandwidth()
+    bandwidth = measured_rates(torch.device("cuda")).copy
     table: list[dict[str, Any]] = []
 
     def note(label: str, B: int, time: float, bound: float | None = None) -> None:

@@ -10,8 +10,6 @@ Greedy pursuits take exactly k steps: no threshold, no stop, no bias, encoder ti
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +26,8 @@ from loops import (
     sparsify_loop,
 )
 from torch import Tensor
+
+from mpsae.integrations.overcomplete import import_host
 
 Sparse = tuple[Tensor, Tensor]
 
@@ -131,19 +131,9 @@ def _overcomplete(packages: bool) -> Provider:
 
 
 def overcomplete_module() -> types.ModuleType | None:
-    """`overcomplete.sae`, or None where it is not installed.
-
-    The package imports its vision models and plots first, which need torchvision and an old
-    matplotlib: empty modules stand in for them.
-    """
-    if importlib.util.find_spec("overcomplete") is None:
-        return None
-    for name in ("overcomplete.models", "overcomplete.visualization"):
-        empty = types.ModuleType(name)
-        empty.__getattr__ = lambda name: None
-        sys.modules.setdefault(name, empty)
+    """`overcomplete.sae`, or None where it is not installed."""
     try:
-        return importlib.import_module("overcomplete.sae")
+        return import_host()
     except ImportError:
         return None
 

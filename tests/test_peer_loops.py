@@ -293,7 +293,7 @@ def test_a_provider_takes_a_single_row_of_fp32(name):
 
 def test_without_packages_the_loops_serve(monkeypatch):
     for name in (
-        "sae_lens", "overcomplete", "sklearn.linear_model", "batched_omp",
+        "sae_lens", "overcomplete", "overcomplete.sae", "sklearn.linear_model", "batched_omp",
         "orthogonal_matching_pursuit_gpu",
     ):  # fmt: skip
         monkeypatch.setitem(sys.modules, name, None)

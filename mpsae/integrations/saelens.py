@@ -105,8 +105,7 @@ def from_saelens(sae: Any) -> MatchingPursuitSAE:
     """Convert an SAE of SAELens' `matching_pursuit`, weights and settings as they are.
 
     Args:
-        sae: its `MatchingPursuitSAE` or training class. Atoms that are not of unit norm (a folded
-            activation norm) stay so.
+        sae: its `MatchingPursuitSAE` or training class. Atoms of any norm stay as they are.
 
     Raises:
         ValueError: another architecture, or activations that it reshapes or normalises at run time.
