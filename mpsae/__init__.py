@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 import mpsae.compiled  # noqa: F401  registers the compiled kernels
 from mpsae.backends import record_pursuits
 from mpsae.gram import gram_matrix
+from mpsae.orthogonal import gradient_pursuit, orthogonal_matching_pursuit
 from mpsae.plan import Plan, plan
 from mpsae.pursuit import matching_pursuit
 from mpsae.sae import (
@@ -35,8 +36,10 @@ __all__ = [
     "SparseCode",
     "TopKConfig",
     "TopKSAE",
+    "gradient_pursuit",
     "gram_matrix",
     "matching_pursuit",
+    "orthogonal_matching_pursuit",
     "plan",
     "record_pursuits",
 ]

@@ -17,6 +17,12 @@ bias b (zero where absent):
     max      c          c          none
     abs      |c|        c          0
 
+With a fit (:mod:`mpsae.fits`) the values of all chosen atoms are found anew after each step:
+
+        stop    unless the fit admits the atom
+        a_1..t  = fit of x by the atoms chosen so far
+        r_{t+1} = x - sum_s a_s d_{j_s}
+
 The loop takes its correlations from an object, so that the Gram path varies where they come from
 and nothing else. Run under autograd it gives the exact gradients, the selection being constant.
 """
@@ -30,7 +36,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from mpsae.sparse import Pursuit
+from mpsae.fits import Fit
+from mpsae.sparse import Pursuit, sparse_decode
 
 Select = Literal["relu", "max", "abs"]
 
@@ -117,6 +124,7 @@ def pursue(
     *,
     k_rows: Tensor | None = None,
     slices: Tensor | None = None,
+    fit: Fit | None = None,
 ) -> Pursuit:
     """Run the loop at the head of this file.
 
@@ -127,6 +135,7 @@ def pursue(
         correlations: see :class:`Correlations`.
         k_rows: ``[B]`` int64, steps allowed to each row (``options.k`` where absent).
         slices: ``[k, 2]`` int64, atoms allowed in each step, first to last + 1.
+        fit: of the same x and dictionary; tied, and no ``detach_residual``.
 
     Returns:
         Pursuit, with gradients where autograd is on.
@@ -148,19 +157,22 @@ def pursue(
             window = None if slices is None else slices[t]
             score, index = correlations.best(residual, options, window, banned)
             active = active & (score > options.threshold)  # false for NaN
+            chosen = indices[:, :t].clone()  # what autograd keeps must not change
+            if fit is not None:
+                active = active & fit.admits(chosen, index)
             index = torch.where(active, index, 0)
-            repeated = (indices[:, :t] == index[:, None]).any(1) & (t > 0)
+            repeated = (chosen == index[:, None]).any(1) & (t > 0)
             indices[:, t] = index
             steps += active
-        seen = residual.detach() if options.detach_residual else residual
-        value = (seen * encoder[index]).sum(-1)
-        if bias is not None:
-            value = value + bias[index]
-        if options.select == "relu":
-            value = value.relu()
-        value = torch.where(active, value, torch.zeros_like(value))
-        residual = residual - value[:, None] * dictionary[index]
-        values.append(value)
+        if fit is None:
+            value = _value(residual, encoder, bias, index, options)
+            value = torch.where(active, value, torch.zeros_like(value))
+            residual = residual - value[:, None] * dictionary[index]
+            values.append(value)
+        else:
+            value = fit.add(chosen, index, active & ~repeated, active)
+            residual = x - sparse_decode(indices[:, : t + 1].clone(), value, dictionary)
+            values = list(value.unbind(1))
         with torch.no_grad():
             correlations.subtract(index, value)
             if options.stop_on_repeat:
@@ -169,6 +181,16 @@ def pursue(
                 active = active & (residual.norm(dim=-1) >= options.residual_threshold)
     values += [x.new_zeros(B)] * (k - len(values))
     return Pursuit(indices, torch.stack(values, 1) if k else x.new_zeros(B, 0), residual, steps)
+
+
+def _value(
+    residual: Tensor, encoder: Tensor, bias: Tensor | None, index: Tensor, options: PursuitOptions
+) -> Tensor:
+    seen = residual.detach() if options.detach_residual else residual
+    value = (seen * encoder[index]).sum(-1)
+    if bias is not None:
+        value = value + bias[index]
+    return value.relu() if options.select == "relu" else value
 
 
 def matching_pursuit(

@@ -1,0 +1,197 @@
+"""Pursuits that fit all chosen atoms anew in each step, as torch operators.
+
+`mpsae::refit_pursuit` chooses, without a gradient; `mpsae::refit_values` gives the values that it
+found their gradient. With r the residual, G the Gram matrix of the chosen atoms D_S and v = G^-1
+D_S x, a gradient h of the values is carried back by  w = G^-1 h:
+
+    dL/dx = w D_S        dL/dD_S = w r^T - v (w D_S)^T
+
+which costs one small system a row. Gradient pursuit has no such form; its steps are repeated in
+terms of G and D_S x, and differentiated.
+"""
+
+# No postponed annotations: torch.library reads them to make the operators' schemas.
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from mpsae import decode
+from mpsae.fits import Fit, GradientStep, LeastSquares, NonNegative, apply, gradient_step, solved
+from mpsae.gram import TiledCorrelations
+from mpsae.reference import PursuitOptions, pursue
+
+_GATHERED = 2**24  # numbers of atoms gathered at a time in the backward pass
+
+
+@torch.library.custom_op("mpsae::refit_pursuit", mutates_args=())
+def refit_pursuit(
+    x: Tensor,
+    dictionary: Tensor,
+    k_rows: Optional[Tensor],
+    k: int,
+    residual_threshold: float,
+    correlation_threshold: Optional[float],
+    allow_repeats: bool,
+    select: str,
+    fit: str,
+    nonnegative: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pursue ``x [B, d]`` with a fit after each step, see :mod:`mpsae.orthogonal`.
+
+    Args:
+        x, dictionary: ``[B, d]`` and ``[n, d]``, both fp32 or both fp64.
+        k_rows: ``[B]`` int64.
+        fit: "least squares" or "gradient step".
+
+    Returns:
+        indices ``[B, k]``, values ``[B, k]``, steps ``[B]``.
+    """
+    options = PursuitOptions(
+        k=k,
+        residual_threshold=residual_threshold,
+        correlation_threshold=correlation_threshold,
+        allow_repeats=allow_repeats,
+        select=select,  # type: ignore[arg-type]
+    )
+    rule: Fit
+    if fit == "gradient step":
+        rule = GradientStep(x, dictionary, nonnegative)
+    else:
+        rule = (NonNegative if nonnegative else LeastSquares)(x, dictionary)
+    source = TiledCorrelations(dictionary, None)
+    with torch.autocast(x.device.type, enabled=False):
+        found = pursue(x, dictionary, None, None, options, source, k_rows=k_rows, fit=rule)
+    return found.indices, found.values, found.steps
+
+
+@refit_pursuit.register_fake
+def _(x, dictionary, k_rows, k, *options):
+    indices = x.new_empty(x.shape[0], k, dtype=torch.int64)
+    return indices, x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+@torch.library.custom_op("mpsae::refit_values", mutates_args=())
+def refit_values(
+    x: Tensor,
+    dictionary: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    steps: Tensor,
+    fit: str,
+    nonnegative: bool,
+) -> Tensor:
+    """Return the values that :func:`refit_pursuit` found, with their gradient."""
+    return values.clone()
+
+
+@refit_values.register_fake
+def _(x, dictionary, indices, values, steps, fit, nonnegative):
+    return torch.empty_like(values)
+
+
+@torch.library.custom_op("mpsae::refit_backward", mutates_args=())
+def refit_backward(
+    grad: Tensor,
+    x: Tensor,
+    dictionary: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    steps: Tensor,
+    fit: str,
+    nonnegative: bool,
+) -> tuple[Tensor, Tensor]:
+    """Carry the gradient ``[B, k]`` of the values back to x and dictionary."""
+    B, k = indices.shape
+    rows = max(1, _GATHERED // max(1, k * x.shape[1]))
+    parts = [slice(first, first + rows) for first in range(0, B, rows)]
+    live = torch.arange(k, device=x.device) < steps[:, None]
+    with torch.autocast(x.device.type, enabled=False):
+        if fit == "least squares":
+            live = live & (values > 0) if nonnegative else live
+            pulls = [_pull(grad[p], dictionary[indices[p]], live[p]) for p in parts]
+            w = torch.cat(pulls) if pulls else torch.zeros_like(values)
+            residual = x - decode.sparse_decode(indices, values, dictionary)
+            grad_x = decode.sparse_decode(indices, w, dictionary)
+            n = dictionary.shape[0]
+            grad_dictionary = decode.sparse_scatter(indices, w, residual, n)
+            return grad_x, grad_dictionary - decode.sparse_scatter(indices, values, grad_x, n)
+        grad_x, grad_dictionary = torch.zeros_like(x), torch.zeros_like(dictionary)
+        for p in parts:
+            atoms = dictionary[indices[p]]
+            grad_x[p], by_atoms = _replay(grad[p], x[p], atoms, indices[p], live[p], nonnegative)
+            grad_dictionary.index_add_(0, indices[p].flatten(), by_atoms.flatten(0, 1))
+    return grad_x, grad_dictionary
+
+
+@refit_backward.register_fake
+def _(grad, x, dictionary, indices, values, steps, fit, nonnegative):
+    return torch.empty_like(x), torch.empty_like(dictionary)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.fit, ctx.nonnegative = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    saved = ctx.saved_tensors
+    grads = refit_backward(grad.contiguous(), *saved, ctx.fit, ctx.nonnegative)
+    return (*grads, None, None, None, None, None)
+
+
+refit_values.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _pull(grad: Tensor, atoms: Tensor, live: Tensor) -> Tensor:
+    """Solve for w: ``[B, k]`` from gradients, chosen atoms ``[B, k, d]`` and those in use."""
+    gram = (atoms @ atoms.mT).double()
+    return solved(gram, grad.double(), live).to(grad.dtype)
+
+
+def _replay(
+    grad: Tensor, x: Tensor, atoms: Tensor, indices: Tensor, live: Tensor, nonnegative: bool
+) -> tuple[Tensor, Tensor]:
+    """Walk the steps of gradient pursuit in reverse: gradients of x and of the chosen atoms."""
+    B, k = indices.shape
+    earlier = torch.ones(k, k, dtype=torch.bool, device=x.device).tril(-1)
+    again = ((indices[:, :, None] == indices[:, None, :]) & earlier & live[:, None]).any(-1)
+    counted = live & ~again  # the other places hold the constant 0
+    seen = torch.where(counted[:, :, None], atoms, 0).double()
+    gram, target = seen @ seen.mT, (seen @ x.double()[:, :, None])[:, :, 0]
+    taken = torch.ones(k, k, dtype=torch.bool, device=x.device).tril()
+    history = [target.new_zeros(B, k)]
+    for t in range(k):
+        moved = _gradient_step(gram, target, history[-1], taken[t], nonnegative)
+        history.append(torch.where(live[:, t, None], moved, history[-1]))
+    g = torch.where(counted, grad.double(), 0)
+    by_target, by_gram = torch.zeros_like(target), torch.zeros_like(gram)
+    for t in reversed(range(k)):
+        values, after = history[t], history[t + 1]
+        moves = live[:, t, None] & (after > 0) if nonnegative else live[:, t, None]
+        share = torch.where(moves, g, 0)
+        c = torch.where(taken[t], target - apply(gram, values), 0)
+        u = apply(gram, c)
+        curvature = (c * u).sum(-1, keepdim=True)
+        scale = torch.where(curvature > 0, 1 / curvature, 0)
+        length = c.square().sum(-1, keepdim=True) * scale
+        by_length = (share * c).sum(-1, keepdim=True) * scale
+        by_c = length * share + 2 * by_length * (c - length * u)
+        by_c = torch.where(taken[t], by_c, 0)
+        by_gram -= (by_length * length * c)[:, :, None] * c[:, None]
+        by_gram -= by_c[:, :, None] * values[:, None]
+        by_target += by_c
+        g = torch.where(live[:, t, None], share - apply(gram, by_c), g)
+    by_atoms = (by_gram + by_gram.mT) @ seen + by_target[:, :, None] * x.double()[:, None]
+    return apply(seen.mT, by_target).to(x.dtype), by_atoms.to(x.dtype)
+
+
+def _gradient_step(
+    gram: Tensor, target: Tensor, values: Tensor, taken: Tensor, nonnegative: bool
+) -> Tensor:
+    """Move the first of ``k`` values; see :func:`mpsae.fits.gradient_step`."""
+    among = taken[:, None] & taken
+    return gradient_step(
+        torch.where(among, gram, 0), torch.where(taken, target, 0), values, nonnegative
+    )
