@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 import mpsae.compiled  # noqa: F401  registers the compiled kernels
 from mpsae.backends import record_pursuits
+from mpsae.decomposition import decompose
 from mpsae.gram import gram_matrix
 from mpsae.orthogonal import gradient_pursuit, orthogonal_matching_pursuit
 from mpsae.plan import Plan, plan
@@ -36,6 +37,7 @@ __all__ = [
     "SparseCode",
     "TopKConfig",
     "TopKSAE",
+    "decompose",
     "gradient_pursuit",
     "gram_matrix",
     "matching_pursuit",

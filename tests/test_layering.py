@@ -16,7 +16,7 @@ LAYERS = [
     {"mpsae.fits", "mpsae.reference"},
     {"mpsae.checks", "mpsae.gram", "mpsae.gram_cache", "mpsae.reverse", "mpsae.plan"},
     {"mpsae.backends", "mpsae.compiled", "mpsae.operator", "mpsae.pursuit"},
-    {"mpsae.refit", "mpsae.orthogonal"},
+    {"mpsae.refit", "mpsae.orthogonal", "mpsae.decomposition"},
     {"mpsae.sae", "mpsae.activations"},
     {"mpsae.training", "mpsae.evaluation", "mpsae.benchmark", "mpsae.integrations"},
     {"mpsae.cli", "mpsae.assets", "mpsae.__main__"},
