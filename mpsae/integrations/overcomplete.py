@@ -1,13 +1,15 @@
-"""overcomplete's `MpSAE` with this package's pursuit in its encoder.
+"""overcomplete's `MpSAE` and `OMPSAE` with this package's pursuit in their encoders.
 
     import mpsae.integrations.overcomplete as fast
     fast.patch()
 
 Semantics: `MpSAE.encode` of overcomplete 0.3.0: the largest signed correlation is taken and
 applied also where it is negative; exactly k steps; in training dropout on the atoms, with the same
-random numbers; residual and dense codes are returned. Sums are made in another order: values differ
-by some 1e-6 of the row's norm, and atoms whose correlations are closer than that may change places.
-16-bit inputs, which the host's encoder refuses, are taken.
+random numbers; residual and dense codes are returned. `OMPSAE.encode`: the same choice without
+repeats, the values of all chosen atoms moved by projected gradient descent after each step, which
+is not a converged fit: :func:`mpsae.orthogonal_matching_pursuit` has that. Sums are made in another
+order: values differ by some 1e-6 of the row's norm, and atoms whose correlations are closer than
+that may change places. 16-bit inputs, which `MpSAE.encode` refuses, are taken.
 
 The host imports its vision models with the package, which need torchvision. Where that is missing
 :func:`import_host` imports the autoencoders without them.
@@ -23,8 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpsae.integrations.patching import Patch
+from mpsae.fits import Fit, apply
+from mpsae.gram import TiledCorrelations
+from mpsae.integrations.patching import Patch, Patches
 from mpsae.pursuit import matching_pursuit
+from mpsae.reference import PursuitOptions, pursue
 
 _VISION = ("overcomplete.models", "overcomplete.visualization")
 
@@ -66,17 +71,78 @@ def encode(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The residual ``[B, d]`` and dense codes ``[B, nb_concepts]``, both differentiable.
     """
-    dictionary = self.get_dictionary()
-    if self.dropout is not None:
-        kept = (1.0 - self.dropout) * torch.ones(self.nb_concepts, 1, device=self.device)
-        dictionary = dictionary * torch.bernoulli(kept)
-    p = matching_pursuit(x, dictionary, self.k, select="max")
+    p = matching_pursuit(x, _dropped_out(self), self.k, select="max")
     return p.residual, p.code(self.nb_concepts)
 
 
-def _owner() -> Any:
-    return import_host().MpSAE
+def encode_orthogonal(
+    self: Any, x: Tensor, k: int | None = None, max_iter: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Encode as `OMPSAE.encode` does.
+
+    Args:
+        self: an `OMPSAE`.
+        x: ``[B, d]``.
+        k: atoms, those of the autoencoder by default.
+        max_iter: steps of projected gradient descent after each atom, likewise.
+
+    Returns:
+        The residual ``[B, d]`` and dense codes ``[B, nb_concepts]``, both without a gradient.
+
+    Raises:
+        ValueError: ``k`` or ``max_iter`` below 1, or more steps than atoms.
+    """
+    k = self.k if k is None else k
+    max_iter = self.max_iter if max_iter is None else max_iter
+    for name, value in (("k", k), ("max_iter", max_iter)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+    dictionary = _dropped_out(self)
+    if k > len(dictionary):
+        raise ValueError(f"k={k} atoms of {len(dictionary)} cannot be taken")
+    with torch.no_grad():
+        options = PursuitOptions(k=k, select="max", allow_repeats=False)
+        fit = ProjectedGradient(x, dictionary, max_iter)
+        source = TiledCorrelations(dictionary, None)
+        p = pursue(x, dictionary, None, None, options, source, fit=fit)
+        return p.residual, p.code(self.nb_concepts)
 
 
-_patch = Patch("overcomplete", _owner, "encode", encode, ["self", "x"])
+class ProjectedGradient(Fit):
+    """`batched_matrix_nnls` of the host: some steps of projected gradient descent.
+
+    v <- max(v - (G v - b) / ||G||_F, 0), until the gradient of the whole batch is below 1e-5.
+    """
+
+    def __init__(self, x: Tensor, dictionary: Tensor, max_iter: int):
+        super().__init__(x, dictionary)
+        self.max_iter = max_iter
+
+    def fitted(self, values):
+        """See :class:`mpsae.fits.Fit`."""
+        rate = 1 / (self.gram.square().sum((1, 2)).sqrt() + 1e-8)[:, None]
+        for _ in range(self.max_iter):
+            gradient = apply(self.gram, values) - self.target
+            values = (values - rate * gradient).relu()
+            if gradient.norm() < 1e-5:
+                break
+        return values
+
+
+def _dropped_out(sae: Any) -> Tensor:
+    """Give the autoencoder's dictionary, in training with some of its atoms at zero."""
+    dictionary = sae.get_dictionary()
+    if sae.dropout is None:
+        return dictionary
+    kept = (1.0 - sae.dropout) * torch.ones(sae.nb_concepts, device=sae.device)
+    return dictionary * torch.bernoulli(kept)[:, None]
+
+
+_patch = Patches(
+    Patch("overcomplete", lambda: import_host().MpSAE, "encode", encode, ["self", "x"]),
+    Patch(
+        "overcomplete", lambda: import_host().OMPSAE, "encode", encode_orthogonal,
+        ["self", "x", "k", "max_iter"],
+    ),
+)  # fmt: skip
 patch, unpatch, patched = _patch.apply, _patch.revert, _patch.applied

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from typing import Any
 
@@ -68,3 +68,36 @@ class Patch:
         finally:
             if not before:
                 self.revert()
+
+
+class Patches:
+    """Several :class:`Patch` that are put in place together, or not at all."""
+
+    def __init__(self, *patches: Patch):
+        self.patches = patches
+
+    def apply(self) -> None:
+        """Put all in place; where one is refused, those before it are taken back."""
+        done: list[Patch] = []
+        try:
+            for patch in self.patches:
+                if patch.replaced is None:
+                    patch.apply()
+                    done.append(patch)
+        except (ImportError, RuntimeError):
+            for patch in done:
+                patch.revert()
+            raise
+
+    def revert(self) -> None:
+        """Give the host its own functions back."""
+        for patch in self.patches:
+            patch.revert()
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Patch within a context, and leave the host as it was found."""
+        with ExitStack() as stack:
+            for patch in self.patches:
+                stack.enter_context(patch.applied())
+            yield

@@ -1,4 +1,4 @@
-"""overcomplete's MpSAE with its own encoder and with this package's."""
+"""overcomplete's MpSAE and OMPSAE with their own encoders and with this package's."""
 
 import importlib.util
 
@@ -11,7 +11,7 @@ if importlib.util.find_spec("overcomplete") is None:
     pytest.skip("overcomplete is not installed", allow_module_level=True)
 
 sae_module = fast.import_host()
-original = sae_module.MpSAE.encode
+original = sae_module.MpSAE.encode, sae_module.OMPSAE.encode
 D, N = 20, 64
 
 
@@ -19,12 +19,12 @@ D, N = 20, 64
 def unpatched():
     yield
     fast.unpatch()
-    assert sae_module.MpSAE.encode is original
+    assert (sae_module.MpSAE.encode, sae_module.OMPSAE.encode) == original
 
 
-def make(dtype=torch.float64, **settings):
+def make(dtype=torch.float64, name="MpSAE", **settings):
     torch.manual_seed(0)
-    return sae_module.MpSAE(D, N, **{"k": 6, **settings}).to(dtype)
+    return getattr(sae_module, name)(D, N, **{"k": 6, **settings}).to(dtype)
 
 
 def data(rows=32, dtype=torch.float64):
@@ -61,6 +61,35 @@ def test_outputs_and_gradients_are_the_hosts(normalization, k, dropout, dtype):
         assert (one - other).norm() <= tolerance * other.norm()
 
 
+@pytest.mark.parametrize("dropout", [None, 0.3])
+@pytest.mark.parametrize("k", [1, 6, 18])
+@pytest.mark.parametrize("max_iter", [1, 10, 200])
+def test_omp_codes_are_the_hosts(max_iter, k, dropout):
+    # the host makes its codes in fp32 whatever the dtype of its weights
+    sae, x = make(torch.float32, "OMPSAE", k=3, dropout=dropout), data(dtype=torch.float32)
+    torch.manual_seed(3)
+    theirs = sae.encode(x, k, max_iter)
+    with fast.patched():
+        torch.manual_seed(3)
+        ours = sae.encode(x, k, max_iter)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype
+        assert not one.requires_grad
+        assert (one - other).norm() <= 1e-4 * other.norm()
+    assert torch.equal(ours[1] > 0, theirs[1] > 0)
+
+
+def test_omp_refuses_what_the_host_refuses():
+    sae, x = make(torch.float32, "OMPSAE"), data(dtype=torch.float32)
+    with fast.patched():
+        with pytest.raises(ValueError, match="k must be an integer of at least 1, not 0"):
+            sae.encode(x, 0)
+        with pytest.raises(ValueError, match=r"max_iter .* not 2\.5"):
+            sae.encode(x, 3, 2.5)
+        with pytest.raises(ValueError, match="k=65 atoms of 64"):
+            sae.encode(x, 65)
+
+
 def test_a_negative_maximum_is_applied():
     sae = make(k=2, dictionary_params={"normalization": "identity"})
     with torch.no_grad():
@@ -71,14 +100,23 @@ def test_a_negative_maximum_is_applied():
     torch.testing.assert_close(ours[1], theirs[1])
 
 
-def test_training_reaches_the_same_weights():
+@pytest.mark.parametrize(
+    ("name", "dtype", "close"),
+    [
+        ("MpSAE", torch.float64, 1e-8),
+        ("MpSAE", torch.float32, 1e-4),
+        ("OMPSAE", torch.float32, 1e-4),
+    ],
+    ids=str,
+)
+def test_training_reaches_the_same_weights(name, dtype, close):
     weights = []
     for patch in (False, True):
-        sae = make(dropout=0.1)
+        sae = make(dtype, name, dropout=0.1)
         optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
         torch.manual_seed(5)
         for step in range(50):
-            x = data(64).roll(step, 0)
+            x = data(64, dtype).roll(step, 0)
             if patch:
                 fast.patch()
             residual, _, reconstruction = sae(x)
@@ -87,8 +125,8 @@ def test_training_reaches_the_same_weights():
             (x - reconstruction).square().mean().add(residual.abs().mean()).backward()
             optimizer.step()
         weights.append(sae.get_dictionary())
-    assert (weights[0] - weights[1]).abs().max() <= 1e-8
-    assert (weights[0] - make().get_dictionary()).abs().max() > 1e-2
+    assert (weights[0] - weights[1]).abs().max() <= close
+    assert (weights[0] - make(dtype, name).get_dictionary()).abs().max() > 1e-2
 
 
 def test_in_evaluation_both_agree():
@@ -99,8 +137,10 @@ def test_in_evaluation_both_agree():
             torch.testing.assert_close(one, other)
 
 
-def test_another_signature_is_refused(monkeypatch):
-    monkeypatch.setattr(sae_module.MpSAE, "encode", lambda self, x, k: x)
+@pytest.mark.parametrize("name", ["MpSAE", "OMPSAE"])
+def test_another_signature_is_refused_and_nothing_is_patched(monkeypatch, name):
+    monkeypatch.setattr(getattr(sae_module, name), "encode", lambda self, x, code: x)
     with pytest.raises(RuntimeError, match=r"overcomplete 0\.\S+ is not patched"):
         fast.patch()
     monkeypatch.undo()
+    assert (sae_module.MpSAE.encode, sae_module.OMPSAE.encode) == original
