@@ -10,6 +10,8 @@ from mpsae.orthogonal import gradient_pursuit, orthogonal_matching_pursuit
 from mpsae.plan import Plan, plan
 from mpsae.pursuit import matching_pursuit
 from mpsae.sae import (
+    BatchMatchingPursuitConfig,
+    BatchMatchingPursuitSAE,
     BatchTopKConfig,
     BatchTopKSAE,
     MatchingPursuitConfig,
@@ -24,6 +26,8 @@ from mpsae.sae import (
 from mpsae.sparse import Pursuit, SparseCode
 
 __all__ = [
+    "BatchMatchingPursuitConfig",
+    "BatchMatchingPursuitSAE",
     "BatchTopKConfig",
     "BatchTopKSAE",
     "MatchingPursuitConfig",

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"mpsae.kernels"},
     {"mpsae.decode", "mpsae.largest", "mpsae.sparse", "mpsae.metrics"},
-    {"mpsae.fits", "mpsae.reference"},
+    {"mpsae.coselection", "mpsae.fits", "mpsae.reference"},
     {"mpsae.checks", "mpsae.gram", "mpsae.gram_cache", "mpsae.reverse", "mpsae.plan"},
     {"mpsae.backends", "mpsae.compiled", "mpsae.operator", "mpsae.pursuit"},
     {"mpsae.refit", "mpsae.orthogonal", "mpsae.decomposition"},
@@ -23,6 +23,7 @@ LAYERS = [
 ]
 # Third-party packages that a layer may import at all.
 TORCH_ONLY = {
+    "mpsae.coselection",
     "mpsae.decode",
     "mpsae.fits",
     "mpsae.largest",

@@ -127,6 +127,7 @@ class SparseAutoencoder(nn.Module, ABC):
         reconstruction = self._reconstruct(x, code)
         losses = {"reconstruction": self._reconstruction_loss(x, code, reconstruction)}
         if self.training:
+            losses |= self._penalties(code)
             self._count_firing(code)
             dead = self.dead_latents()
             # a compiled graph cannot depend on it: without dead latents the loss is 0
@@ -238,6 +239,10 @@ class SparseAutoencoder(nn.Module, ABC):
 
     def _reconstruction_loss(self, x: Tensor, code, reconstruction: Tensor) -> Tensor:
         return residual_fvu(x, x - reconstruction)
+
+    def _penalties(self, code: SparseCode | Pursuit) -> dict[str, Tensor]:
+        """Losses of training on the code alone, by name and already weighted."""
+        return {}
 
     def _encoder_of_dead(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Say what dead latents see, and with which weights and bias."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mpsae import checks
+from mpsae.coselection import coselection
 from mpsae.metrics import residual_fvu
 from mpsae.pursuit import Backend, Method, Precision, matching_pursuit
 from mpsae.reference import Select
@@ -36,6 +37,8 @@ class MatchingPursuitConfig(SAEConfig):
     """relu, max or abs: how the next latent is chosen and valued."""
     detach_residual: bool = False
     """No gradient flows from a step to the steps before it."""
+    coselection_coefficient: float = 0.0
+    """Weight of the co-selection penalty, see :func:`mpsae.coselection.coselection`."""
     precision: Precision = "exact"
     """exact or fast selection."""
     method: Method = "auto"
@@ -47,6 +50,10 @@ class MatchingPursuitConfig(SAEConfig):
         super().__post_init__()
         if not self.allow_repeats and self.k > self.d_sae:
             raise ValueError(f"k={self.k} exceeds d_sae={self.d_sae}, and allow_repeats=False")
+        if not self.coselection_coefficient >= 0:
+            raise ValueError(
+                f"coselection_coefficient must be at least 0, not {self.coselection_coefficient}"
+            )
         checks.thresholds(self.residual_threshold, self.correlation_threshold)
         for name, allowed in (
             ("select", Select),
@@ -86,18 +93,32 @@ class MatchingPursuitSAE(SparseAutoencoder):
             self.encoder = torch.nn.Parameter(self.dictionary.detach().clone())
             self.b_enc = torch.nn.Parameter(torch.zeros(config.d_sae))
 
-    def encode(self, x: Tensor, k: int | Tensor | None = None) -> Pursuit:
-        """Pursue ``[..., d_in]``; ``k`` replaces the config's."""
+    def encode(
+        self, x: Tensor, k: int | Tensor | None = None, residual_threshold: float | None = None
+    ) -> Pursuit:
+        """Pursue ``[..., d_in]``; ``k`` and ``residual_threshold`` replace the config's."""
+        c = self.config
+        return self._pursue(x, c.k if k is None else k, c.correlation_threshold, residual_threshold)
+
+    def _pursue(
+        self,
+        x: Tensor,
+        k: int | Tensor,
+        correlation_threshold: float | None,
+        residual_threshold: float | None = None,
+    ) -> Pursuit:
         self._check_input(x)
         c = self.config
+        if residual_threshold is None:
+            residual_threshold = c.residual_threshold
         return matching_pursuit(
             self._subtract_b_dec(x),
             self.dictionary,
-            c.k if k is None else k,
+            k,
             encoder=None if c.tied else self.encoder,
             bias=None if c.tied else self.b_enc,
-            residual_threshold=c.residual_threshold,
-            correlation_threshold=c.correlation_threshold,
+            residual_threshold=residual_threshold,
+            correlation_threshold=correlation_threshold,
             stop_on_repeat=c.stop_on_repeat,
             allow_repeats=c.allow_repeats,
             select=c.select,
@@ -118,6 +139,12 @@ class MatchingPursuitSAE(SparseAutoencoder):
 
     def _reconstruction_loss(self, x, code, reconstruction):
         return residual_fvu(x, code.residual)
+
+    def _penalties(self, code):
+        weight = self.config.coselection_coefficient
+        if weight == 0:
+            return {}
+        return {"coselection": weight * coselection(code.indices, code.values, self.dictionary)}
 
     def _encoder_of_dead(self, x, residual):
         # a pursuit's next step is on the residual, so dead latents are asked about it
