@@ -103,7 +103,7 @@ def _classes() -> dict[str, Any]:
         Notes:
             State: `decoder.weight [activation_dim, dict_size]`, `b_dec`, `k`,
             `residual_threshold`, untied `encoder.weight` and `encoder.bias`; names as in
-            `AutoEncoderTopK`.
+            `AutoEncoderTopK`. On a GPU each call waits for two of them, the host's top-k for one.
         """
 
         def __init__(
