@@ -119,6 +119,27 @@ def dictionary_learning_steps(x: Tensor, n: int, k: int) -> dict[str, Step]:
     }
 
 
+def grad_pursuit_steps(x: Tensor, n: int, k: int) -> dict[str, Step]:
+    """Make calls of dictionary_learning's gradient pursuit."""
+    from mpsae.integrations import dictionary_learning as fast
+
+    host = fast.import_host().grad_pursuit
+    atoms = torch.randn(n, x.shape[1], generator=torch.Generator().manual_seed(1))
+    dictionary = torch.nn.functional.normalize(atoms, dim=1).to(x).T
+
+    def own() -> object:
+        return host.grad_pursuit(x, dictionary, k, str(x.device))
+
+    def patched() -> object:
+        with fast.patched():
+            return own()
+
+    return {"grad_pursuit": own, "grad_pursuit, patched": patched}
+
+
+HOSTS = (saelens_steps, overcomplete_steps, dictionary_learning_steps, grad_pursuit_steps)
+
+
 def main() -> int:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -130,7 +151,7 @@ def main() -> int:
     options = parser.parse_args()
     x = torch.randn(options.batch, options.d, generator=torch.Generator().manual_seed(0))
     rows = []
-    for make in (saelens_steps, overcomplete_steps, dictionary_learning_steps):
+    for make in HOSTS:
         try:
             steps = make(x, options.n, options.k)
         except ImportError as error:

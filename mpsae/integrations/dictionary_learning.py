@@ -1,13 +1,18 @@
 """dictionary_learning with a matching-pursuit dictionary and a trainer for it.
 
     import mpsae.integrations.dictionary_learning as fast
-    fast.patch()                      # its load_dictionary knows the class
+    fast.patch()                      # load_dictionary knows the class, grad_pursuit is fast
     trainSAE(data, [{"trainer": fast.MatchingPursuitTrainer, "k": 32, ...}], steps=...)
 
 Written for dictionary_learning 0.1.0, which has no matching pursuit: `MatchingPursuitTrainer` is
 its `TopKTrainer` with a pursuit in the place of top-k. Initialisation, update, clipping, unit norm,
 schedule and the normalisation of AuxK are the host's; the loss is taken from the pursuit's
 residual, and in training nothing of ``[B, dict_size]`` is made.
+
+Its `grad_pursuit` is replaced by :func:`mpsae.gradient_pursuit`. Sums are made in another order:
+values differ by some 1e-6 of the row's norm, and atoms whose correlations are closer than that may
+change places. Where no atom of a row's support has a correlation other than 0, as in a row of
+zeros, the host divides 0 by 0 and the row is NaN; here it keeps the code that it has.
 """
 
 from __future__ import annotations
@@ -18,13 +23,15 @@ import json
 import sys
 import types
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import mpsae
 from mpsae import checks
 from mpsae.integrations.patching import Patch
 from mpsae.largest import largest_among
@@ -37,7 +44,7 @@ _NAME = "MatchingPursuitAutoEncoder"
 _CLASSES = (_NAME, "MatchingPursuitTrainer")
 # imported with the host's modules, and needed by none of the functions used here
 _OPTIONAL = ("datasets", "zstandard", "nnsight", "wandb")
-_MODULES = ("dictionary", "trainers.top_k", "training", "utils")
+_MODULES = ("dictionary", "grad_pursuit", "trainers.top_k", "training", "utils")
 
 
 @functools.cache
@@ -332,6 +339,40 @@ def load_dictionary(base_path: str, device: str) -> tuple[Any, dict[str, Any]]:
     return ae, config
 
 
+def grad_pursuit(
+    signal: Tensor, dictionary: Tensor, target_l0: int = 20, device: str = "cpu"
+) -> Tensor:
+    """Encode as the host's function of this signature does: gradient pursuit, weights not negative.
+
+    Args:
+        signal: ``[B, d]``.
+        dictionary: ``[d, n]``, columns are atoms; norms need not be 1.
+        target_l0: steps.
+        device: where the code is put.
+
+    Returns:
+        Dense code ``[B, n]``, dtype of the signal, without a gradient.
+
+    Raises:
+        ValueError: a signal that is not ``[B, d]``, or shapes or dtypes that do not fit.
+    """
+    if signal.ndim != 2:
+        raise ValueError(f"signal must be [B, d], not {list(signal.shape)}")
+    n = dictionary.shape[-1]
+    if target_l0 < 1:  # no step is asked for
+        return signal.new_zeros(len(signal), n, device=device)
+    with torch.no_grad():
+        p = mpsae.gradient_pursuit(
+            signal,
+            dictionary.T,
+            target_l0,
+            select="max",
+            nonnegative=True,
+            correlation_threshold=None,
+        )
+    return p.code(n).to(device)
+
+
 _loading = Patch(
     "dictionary-learning",
     lambda: import_host().utils,
@@ -339,7 +380,44 @@ _loading = Patch(
     load_dictionary,
     ["base_path", "device"],
 )
-patch, unpatch, patched = _loading.apply, _loading.revert, _loading.applied
+_pursuing = Patch(
+    "dictionary-learning",
+    lambda: import_host().grad_pursuit,
+    "grad_pursuit",
+    grad_pursuit,
+    ["signal", "dictionary", "target_l0", "device"],
+)
+_patches = (_loading, _pursuing)
+
+
+def patch() -> None:
+    """Replace the host's `load_dictionary` and `grad_pursuit`; twice is once.
+
+    Raises:
+        ImportError: the host is not installed.
+        RuntimeError: one of them has other parameters than those known; none is replaced then.
+    """
+    try:
+        for one in _patches:
+            one.apply()
+    except RuntimeError:
+        unpatch()
+        raise
+
+
+def unpatch() -> None:
+    """Give the host its own functions back."""
+    for one in _patches:
+        one.revert()
+
+
+@contextmanager
+def patched() -> Iterator[None]:
+    """Patch within a context, and leave the host as it was found."""
+    with ExitStack() as stack:
+        for one in _patches:
+            stack.enter_context(one.applied())
+        yield
 
 
 def from_dictionary_learning(ae: Any) -> MatchingPursuitSAE:

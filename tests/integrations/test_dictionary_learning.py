@@ -16,6 +16,7 @@ if importlib.util.find_spec("dictionary_learning") is None:
 
 host = fast.import_host()
 original = host.utils.load_dictionary
+original_pursuit = host.grad_pursuit.grad_pursuit
 D, N, K = 12, 40, 5
 # fp64 to rounding, fp32 as sums made in another order allow
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -26,6 +27,7 @@ def unpatched():
     yield
     fast.unpatch()
     assert host.utils.load_dictionary is original
+    assert host.grad_pursuit.grad_pursuit is original_pursuit
 
 
 def loop(x, dictionary, k, threshold=0.0, encoder=None, bias=0.0):
@@ -371,14 +373,92 @@ def test_the_pursuit_reads_the_weights_without_a_copy(tmp_path):
     assert ae.decoder.weight.T.is_contiguous()
 
 
-def test_another_signature_is_refused(monkeypatch):
-    monkeypatch.setattr(host.utils, "load_dictionary", lambda path: path)
+@pytest.mark.parametrize(
+    ("module", "name"), [("utils", "load_dictionary"), ("grad_pursuit", "grad_pursuit")]
+)
+def test_another_signature_is_refused_and_nothing_is_patched(module, name, monkeypatch):
+    before = host.utils.load_dictionary, host.grad_pursuit.grad_pursuit
+    monkeypatch.setattr(getattr(host, module), name, stranger := lambda path: path)
     with pytest.raises(RuntimeError, match=r"dictionary-learning 0\.\S+ is not patched"):
         fast.patch()
+    assert getattr(getattr(host, module), name) is stranger
     monkeypatch.undo()
+    assert (host.utils.load_dictionary, host.grad_pursuit.grad_pursuit) == before
 
 
 def test_what_a_missing_package_serves_says_so():
     stand_in = fast._stand_in("nnsight")
     with pytest.raises(ImportError, match="pip install nnsight"):
         stand_in.LanguageModel("gpt2")
+
+
+@pytest.fixture
+def double_by_default():
+    """The host makes its weights in the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def gradient_problem(count=33, dtype=torch.float64):
+    x, atoms = rows(count, dtype=dtype), rows(N, seed=2, dtype=dtype)
+    return x, (atoms * torch.linspace(0.1, 0.6, N, dtype=dtype)[:, None]).T
+
+
+def both_pursuits(*args, **kwargs):
+    with fast.patched():
+        ours = host.grad_pursuit.grad_pursuit(*args, **kwargs)
+    return ours, host.grad_pursuit.grad_pursuit(*args, **kwargs)
+
+
+@pytest.mark.parametrize("count", [0, 1, 33])
+@pytest.mark.parametrize("steps", [0, 1, 2, 5, 10])
+def test_gradient_pursuit_gives_the_hosts_codes(steps, count, double_by_default):
+    ours, theirs = both_pursuits(*gradient_problem(count), steps)
+    assert ours.shape == theirs.shape == (count, N)
+    assert torch.equal(ours > 0, theirs > 0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_gradient_pursuit_in_fp32():
+    x, dictionary = gradient_problem(dtype=torch.float32)
+    ours, theirs = both_pursuits(x.requires_grad_(), dictionary.requires_grad_(), target_l0=5)
+    assert ours.dtype == theirs.dtype == torch.float32
+    assert not ours.requires_grad
+    assert error(ours, theirs) <= CLOSE[torch.float32]
+
+
+def test_an_atom_chosen_again_leaves_the_support_as_it_is(double_by_default):
+    # more steps than atoms, which are few and alike: the weights of a full support improve
+    x, dictionary = rows(20), rows(4, seed=2).T + 1.0
+    before, _ = both_pursuits(x, dictionary, 4)
+    for steps in (5, 6, 8):
+        ours, theirs = both_pursuits(x, dictionary, steps)
+        # where the gradient is exactly 0 the host's row is NaN
+        there = theirs.isfinite().all(1)
+        assert there.sum() >= 15
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours[there], theirs[there], rtol=1e-9, atol=1e-9)
+        assert (ours - before).abs().max() > 1e-3
+        before = ours
+
+
+def test_negative_correlations_give_no_weights(double_by_default):
+    x, dictionary = rows(8).abs(), -rows(N, seed=2).abs().T
+    ours, theirs = both_pursuits(x, dictionary, 3)
+    assert not theirs.any()
+    assert torch.equal(ours, theirs)
+
+
+def test_a_row_of_zeros_is_not_nan_here(double_by_default):
+    x, dictionary = gradient_problem(3)
+    x[1] = 0.0
+    ours, theirs = both_pursuits(x, dictionary, 4)
+    assert theirs[1].isnan().all()
+    assert not ours[1].any()
+    torch.testing.assert_close(ours[[0, 2]], theirs[[0, 2]])
+
+
+def test_a_signal_without_rows_is_refused():
+    with pytest.raises(ValueError, match=r"signal must be \[B, d\], not \[12\]"):
+        fast.grad_pursuit(rows(1)[0], rows(N).T)
