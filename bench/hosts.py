@@ -19,6 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from loops import saelens_loop
 from save import device_name, save
 
 from mpsae.benchmark import interleave, peak_bytes
@@ -87,6 +88,58 @@ def overcomplete_steps(x: Tensor, n: int, k: int) -> dict[str, Step]:
     return {"overcomplete": own, "overcomplete, patched": patched}
 
 
+def dictionary_learning_steps(x: Tensor, n: int, k: int) -> dict[str, Step]:
+    """Make steps of dictionary_learning's trainer (`update`), which has no pursuit of its own.
+
+    The first has SAELens' loop as its encoder, with dense codes; the last is its own TopK.
+    """
+    from mpsae.integrations import dictionary_learning as fast
+
+    top_k = fast.import_host().trainers.top_k
+
+    class PlainTrainer(fast.MatchingPursuitTrainer):  # type: ignore[name-defined,misc]
+        def loss(self, x: Tensor, step: int | None = None, logging: bool = False) -> Tensor:
+            ae = self.ae
+            code = saelens_loop(x - ae.b_dec, ae.decoder.weight.T, 0.0, k, False)
+            self.num_tokens_since_fired += len(x)
+            self.num_tokens_since_fired[(code != 0).any(0)] = 0
+            return (x - ae.decode(code)).pow(2).sum(-1).mean()
+
+    def step(kind: Any) -> Step:
+        trainer = kind(
+            steps=10**9, activation_dim=x.shape[1], dict_size=n, k=k, layer=0, lm_name="none",
+            lr=1e-6, seed=0, device=str(x.device),
+        )  # fmt: skip
+        return lambda: trainer.update(1, x)
+
+    return {
+        "dictionary_learning, loop": step(PlainTrainer),
+        "dictionary_learning, pursuit": step(fast.MatchingPursuitTrainer),
+        "dictionary_learning, its TopK": step(top_k.TopKTrainer),
+    }
+
+
+def grad_pursuit_steps(x: Tensor, n: int, k: int) -> dict[str, Step]:
+    """Make calls of dictionary_learning's gradient pursuit."""
+    from mpsae.integrations import dictionary_learning as fast
+
+    host = fast.import_host().grad_pursuit
+    atoms = torch.randn(n, x.shape[1], generator=torch.Generator().manual_seed(1))
+    dictionary = torch.nn.functional.normalize(atoms, dim=1).to(x).T
+
+    def own() -> object:
+        return host.grad_pursuit(x, dictionary, k, str(x.device))
+
+    def patched() -> object:
+        with fast.patched():
+            return own()
+
+    return {"grad_pursuit": own, "grad_pursuit, patched": patched}
+
+
+HOSTS = (saelens_steps, overcomplete_steps, dictionary_learning_steps, grad_pursuit_steps)
+
+
 def main() -> int:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -98,7 +151,7 @@ def main() -> int:
     options = parser.parse_args()
     x = torch.randn(options.batch, options.d, generator=torch.Generator().manual_seed(0))
     rows = []
-    for make in (saelens_steps, overcomplete_steps):
+    for make in HOSTS:
         try:
             steps = make(x, options.n, options.k)
         except ImportError as error:
@@ -113,7 +166,7 @@ def main() -> int:
                 | {"seconds": asdict(time), "ratio": first / time.median, "peak_bytes": peak}
             )
             memory = "not measured" if peak is None else f"{peak / 1e6:,.0f} MB"
-            print(f"{name:<24}{1e3 * time.median:>9.0f} ms {first / time.median:>6.1f}x  {memory}")
+            print(f"{name:<32}{1e3 * time.median:>9.0f} ms {first / time.median:>6.1f}x  {memory}")
     print(save(f"{device_name()}-hosts", {"rows": rows}))
     return 0
 
