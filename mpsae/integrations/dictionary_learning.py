@@ -23,8 +23,7 @@ import json
 import sys
 import types
 from collections import namedtuple
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 
 import mpsae
 from mpsae import checks
-from mpsae.integrations.patching import Patch
+from mpsae.integrations.patching import Patch, Patches
 from mpsae.largest import largest_among
 from mpsae.pursuit import matching_pursuit
 from mpsae.sae import MatchingPursuitConfig, MatchingPursuitSAE
@@ -387,37 +386,8 @@ _pursuing = Patch(
     grad_pursuit,
     ["signal", "dictionary", "target_l0", "device"],
 )
-_patches = (_loading, _pursuing)
-
-
-def patch() -> None:
-    """Replace the host's `load_dictionary` and `grad_pursuit`; twice is once.
-
-    Raises:
-        ImportError: the host is not installed.
-        RuntimeError: one of them has other parameters than those known; none is replaced then.
-    """
-    try:
-        for one in _patches:
-            one.apply()
-    except RuntimeError:
-        unpatch()
-        raise
-
-
-def unpatch() -> None:
-    """Give the host its own functions back."""
-    for one in _patches:
-        one.revert()
-
-
-@contextmanager
-def patched() -> Iterator[None]:
-    """Patch within a context, and leave the host as it was found."""
-    with ExitStack() as stack:
-        for one in _patches:
-            stack.enter_context(one.applied())
-        yield
+_patch = Patches(_loading, _pursuing)
+patch, unpatch, patched = _patch.apply, _patch.revert, _patch.applied
 
 
 def from_dictionary_learning(ae: Any) -> MatchingPursuitSAE:
