@@ -47,7 +47,7 @@ def orthogonal_pursuit(
         gram: ``[n, n]`` fp32, dictionary . dictionary^T.
         k: steps at most.
         k_rows: ``[B]`` int64, steps at most for each row.
-        select: score c ("relu", "max") or \\|c\\| ("abs"); ties go to the lowest index.
+        select: score c ("relu", "max") or its magnitude ("abs"); ties go to the lowest index.
         nonnegative: fit over v >= 0; atoms that it sets to 0 stay in S. With "relu" only.
         residual_threshold: stop below this norm, if above 0.
         correlation_threshold: stop unless the best score is above; -inf for no limit.

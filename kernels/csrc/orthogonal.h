@@ -8,6 +8,7 @@
 // by residuals in fp64, so that the values are those of the atoms and not of the rounded Gram.
 #pragma once
 #include "backward.h"
+#include "inverse.h"
 #include "pursuit.h"
 
 namespace mpsae {
@@ -97,72 +98,6 @@ static int64_t best_atom(const Orthogonal& q, const OrthogonalScratch& w, const 
   for (; i < n; i++)
     if ((ABS ? std::fabs(c[i]) : c[i]) == best) return i;
   return -1;
-}
-
-template <int V>
-static inline void multiply_part(const double* inverse, int64_t stride, int64_t count,
-                                 const double* g, double* out) {
-  Double sum[V];
-  for (int m = 0; m < V; m++) sum[m] = fill64(0);
-  for (int64_t s = 0; s < count; s++) {
-    const Double by = fill64(g[s]);
-    for (int m = 0; m < V; m++)
-      sum[m] = fused64(by, load64(inverse + s * stride + m * LANES64), sum[m]);
-  }
-  for (int m = 0; m < V; m++) store64(out + m * LANES64, sum[m]);
-}
-
-// out = inverse g; the inverse is symmetric, and 0 from `count` to the end of its last vector
-static void multiply(const double* inverse, int64_t stride, int64_t count, const double* g,
-                     double* out) {
-  const int64_t end = round_up(count, LANES64);
-  int64_t i = 0;
-  for (; i + 4 * LANES64 <= end; i += 4 * LANES64)
-    multiply_part<4>(inverse + i, stride, count, g, out + i);
-  for (; i < end; i += LANES64) multiply_part<1>(inverse + i, stride, count, g, out + i);
-}
-
-// inverse += factor u u^T
-static void add_square(double* inverse, int64_t stride, int64_t count, const double* u,
-                       double factor) {
-  const int64_t end = round_up(count, LANES64);
-  for (int64_t s = 0; s < count; s++) {
-    const Double by = fill64(factor * u[s]);
-    double* row = inverse + s * stride;
-    for (int64_t i = 0; i < end; i += LANES64)
-      store64(row + i, fused64(by, load64(u + i), load64(row + i)));
-  }
-}
-
-// Make room for an atom at squared distance `left` from those before it, u being its coefficients
-// on them. u becomes (u, -1).
-static void append(double* inverse, int64_t stride, int64_t count, double* u, double left) {
-  u[count] = -1;
-  for (int64_t i = count + 1; i < round_up(count + 1, LANES64); i++) u[i] = 0;
-  std::memset(inverse + count * stride, 0, size_t(stride) * sizeof(double));
-  add_square(inverse, stride, count + 1, u, 1 / left);
-}
-
-// Take atom p out; the last one comes to its place. u is scratch.
-static void remove(double* inverse, int64_t stride, int64_t count, int64_t p, double* u) {
-  const int64_t last = count - 1;
-  std::memcpy(u, inverse + p * stride, size_t(round_up(count, LANES64)) * sizeof(double));
-  add_square(inverse, stride, count, u, -1 / u[p]);
-  std::memcpy(inverse + p * stride, inverse + last * stride, size_t(stride) * sizeof(double));
-  for (int64_t s = 0; s < last; s++) {
-    inverse[s * stride + p] = inverse[s * stride + last];
-    inverse[s * stride + last] = 0;
-  }
-  inverse[p * stride + p] = inverse[last * stride + last];
-}
-
-static inline double dot64(const double* a, const double* b, int64_t count) {
-  Double sum = fill64(0);
-  int64_t i = 0;
-  for (; i + LANES64 <= count; i += LANES64) sum = fused64(load64(a + i), load64(b + i), sum);
-  double all = total(sum);
-  for (; i < count; i++) all += a[i] * b[i];
-  return all;
 }
 
 static inline const float* atom_of(const Orthogonal& q, const int64_t* atoms,
@@ -266,6 +201,20 @@ static int64_t fit_nonnegative(const OrthogonalScratch& w, int64_t count, int64_
   return fitted;
 }
 
+// Whether ||r|| is above the threshold for certain: from ||r||^2 = ||x||^2 - v . c_0, less what the
+// rounding of c_0 and of the Gram may have done to it. `size` is ||x||, `longest` the largest ||d||.
+static bool surely_above(const Orthogonal& q, const OrthogonalScratch& w, int64_t count,
+                         double size, double longest) {
+  double square = size * size, sum = 0;
+  for (int64_t s = 0; s < count; s++) {
+    square -= w.value[s] * w.start[s];
+    sum += std::fabs(w.value[s]) * longest;
+  }
+  // d u ||a|| ||b|| with u = 2^-24 bounds an fp32 product in any order of summation
+  const double rounding = double(q.d + 2) * 0x1p-24 * 1.01 * sum * (2 * size + sum);
+  return square - rounding > q.residual_threshold * q.residual_threshold;
+}
+
 // `start` [n] is x . dictionary^T; NaN comes to the places of the atoms taken.
 static void orthogonal_row(const Orthogonal& q, int64_t b, const OrthogonalScratch& w) {
   const int64_t n = q.n, d = q.d, stride = w.stride;
@@ -277,6 +226,8 @@ static void orthogonal_row(const Orthogonal& q, int64_t b, const OrthogonalScrat
   for (const int64_t most : {n, d}) limit = limit < most ? limit : most;
   const auto choose = q.select == ABS ? best_atom<true> : best_atom<false>;
   double* fit = q.nonnegative ? w.fit : w.span;
+  const double size = q.residual_threshold > 0 ? norm(x, d) : 0;
+  double longest = 0;
   const float* coming = nullptr;
   int64_t t = 0, fitted = 0, used = 0;
   while (t < limit) {
@@ -319,7 +270,8 @@ static void orthogonal_row(const Orthogonal& q, int64_t b, const OrthogonalScrat
       w.weight[used] = float(w.value[s]);
       used += w.value[s] != 0;
     }
-    if (q.residual_threshold > 0 &&
+    longest = std::fmax(longest, std::sqrt(square));
+    if (q.residual_threshold > 0 && !surely_above(q, w, t, size, longest) &&
         subtract_all(q, w, x, atoms, nullptr, t, w.value) < q.residual_threshold)
       break;
   }
