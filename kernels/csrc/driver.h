@@ -150,5 +150,7 @@ void decode_scatter(const Sparse& q, float* sums, int64_t threads, const Functio
 // not NaN
 bool largest(const float* rows, int64_t B, int64_t n, int64_t k, int64_t* indices, float* values,
              int64_t threads, const Functions& f);
+// orthogonal matching pursuit of every row, its correlations with all atoms at hand
+void orthogonal(const Orthogonal& q, int64_t threads, const Functions& f);
 
 }  // namespace mpsae

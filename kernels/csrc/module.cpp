@@ -292,6 +292,37 @@ PyObject* find_largest(PyObject*, PyObject* args) {
   return PyBool_FromLong(whole);
 }
 
+PyObject* pursue_orthogonal(PyObject*, PyObject* args) {
+  Address x, dictionary, gram, correlation, k_rows, indices, values, steps;
+  long long B, d, n, k, threads;
+  int select, nonnegative;
+  double residual_threshold, correlation_threshold;
+  const char* isa;
+  if (!PyArg_ParseTuple(args, "KKKKKLLLLipddKKKLs", &x, &dictionary, &gram, &correlation, &k_rows,
+                        &B, &d, &n, &k, &select, &nonnegative, &residual_threshold,
+                        &correlation_threshold, &indices, &values, &steps, &threads, &isa))
+    return nullptr;
+  const Functions* f = functions_named(isa);
+  if (!f) return nullptr;
+  const Orthogonal q = {at<const float>(x),
+                        at<const float>(dictionary),
+                        at<const float>(gram),
+                        at<float>(correlation),
+                        at<const int64_t>(k_rows),
+                        B,
+                        d,
+                        n,
+                        k,
+                        select,
+                        nonnegative != 0,
+                        residual_threshold,
+                        correlation_threshold,
+                        at<int64_t>(indices),
+                        at<float>(values),
+                        at<int64_t>(steps)};
+  return none_if(unlocked([&] { orthogonal(q, threads, *f); }));
+}
+
 PyObject* advise(PyObject*, PyObject* args) {
   Address address;
   long long bytes;
@@ -316,6 +347,7 @@ PyMethodDef methods[] = {
     {"decode_dots", sparse<decode_dots>, METH_VARARGS, "products with the chosen atoms"},
     {"decode_scatter", sparse<decode_scatter>, METH_VARARGS, "rows added up by chosen atom"},
     {"largest", find_largest, METH_VARARGS, "k largest of each row; false where NaN is in the way"},
+    {"orthogonal", pursue_orthogonal, METH_VARARGS, "orthogonal pursuit with the whole Gram"},
     {"large_pages", advise, METH_VARARGS, "advise large pages"},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -99,6 +99,39 @@ struct Sparse {
   int64_t B, d, n, k;
 };
 
+struct Orthogonal {
+  const float* x;           // [B, d]
+  const float* dictionary;  // [n, d]
+  const float* gram;        // [n, n] dictionary . dictionary^T
+  float* correlation;       // [B, n] x . dictionary^T, overwritten
+  const int64_t* k_rows;    // [B] or null
+  int64_t B, d, n, k;
+  int select;
+  bool nonnegative;
+  double residual_threshold, correlation_threshold;
+  int64_t* indices;  // [B, k]
+  float* values;     // [B, k]
+  int64_t* steps;    // [B]
+};
+
+// What a thread needs beside, for rows of `room` atoms at most; stride > room, a multiple of 8.
+struct OrthogonalScratch {
+  float* correlation;  // [n] of the step
+  float* maxima;       // one vector a tile
+  const float** rows;  // [room] Gram rows of the atoms that are not 0
+  float* weight;       // [room] their values
+  double* span;        // [room, stride] inverse of the Gram of the atoms taken
+  double* fit;         // [room, stride] of those fitted, where nonnegative
+  double* pairs;       // [room, stride] the Gram of the atoms taken, where nonnegative
+  int64_t stride;
+  double *start, *value;            // [stride] by order of selection: <x, d_s>, v_s
+  double *g, *u, *target;           // [stride] by order in the inverse
+  double *gradient, *change;        // [stride]
+  double* residual;                 // [d]
+  int64_t* members;                 // [room] the atoms fitted, places in the order of selection
+  bool* fitted;                     // [room]
+};
+
 // The same functions, compiled for one instruction set each.
 struct Functions {
   const char* name;
@@ -127,6 +160,7 @@ struct Functions {
                float* out);
   bool (*largest_of_row)(const float* row, int64_t n, int64_t k, Candidate* held, int64_t room,
                          int64_t* indices, float* values);
+  void (*orthogonal_row)(const Orthogonal&, int64_t row, const OrthogonalScratch&);
 };
 
 extern const Functions plain_functions;
