@@ -339,10 +339,11 @@ def test_pickled_objects_are_not_run(tmp_path, form):
         torch.save({"decoder.weight": torch.ones(2, 2), "encoder": Pickled()}, path)
         expected, said = ValueError, "pickled objects"
     else:
-        path.write_bytes(pickle.dumps(Pickled()))
+        path.write_bytes(pickle.dumps(Pickled(), protocol=2))
         expected, said = OSError, "damaged"
-    with pytest.raises(expected, match=said):
-        convert(tmp_path, tmp_path / "back", "mpsae")
+    for source in (tmp_path, path):
+        with pytest.raises(expected, match=said):
+            convert(source, tmp_path / "back", "mpsae")
 
 
 @pytest.mark.parametrize("to", list(FORMATS))
@@ -393,7 +394,10 @@ def test_a_topk_of_saelens_is_read(tmp_path, rescale, dtype):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"norm": 1.25, "rescale_acts_by_decoder_norm": True}, "atoms of norm 1.25 to 1.25"),
+        (
+            {"norm": 1.25, "rescale_acts_by_decoder_norm": True},
+            "rescale_acts_by_decoder_norm=True and atoms of norm 1.2",
+        ),
         ({"apply_b_dec_to_input": False}, "apply_b_dec_to_input=False"),
         ({"k": None}, "lacks k"),
         ({"k": N + 1}, f"k={N + 1} exceeds"),

@@ -87,13 +87,10 @@ def load_torch(path: Path) -> dict[str, Any]:
 
 
 def torch_names(path: Path) -> set[str]:
-    """Keys of the dict in a `.pt` file; none where it is something else."""
+    """Keys of the dict in a `.pt` file, none for other files; raises as :func:`load_torch` does."""
     if not path.is_file() or path.suffix not in (".pt", ".pth"):
         return set()
-    try:
-        return {str(name) for name in load_torch(path)}
-    except (OSError, ValueError):
-        return set()
+    return {str(name) for name in load_torch(path)}
 
 
 def save_torch(written: Mapping[str, Any], path: Path) -> None:
