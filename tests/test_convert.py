@@ -15,6 +15,11 @@ from mpsae.integrations.formats import FORMATS, convert, dictionary_learning, ov
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+# settings that change codes
+CHOOSING = (
+    "tied", "select", "allow_repeats", "stop_on_repeat", "residual_threshold",
+    "correlation_threshold",
+)  # fmt: skip
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # what each format holds beyond a plain TopK SAE and a plain tied pursuit
 SERVED = [
@@ -89,8 +94,8 @@ def test_there_and_back_is_the_same_sae(tmp_path, to, kind, settings, dtype):
     assert sae.metadata.items() <= back.metadata.items()
     c, given = back.config, sae.config
     assert (c.k, c.d_in, c.d_sae) == (K, D, N)
-    for name in settings:
-        assert getattr(c, name) == getattr(given, name)
+    for name in {*settings, *CHOOSING}:
+        assert getattr(c, name, None) == getattr(given, name, None), name
     convert(tmp_path / "a" / "theirs", tmp_path / "again", to)
     one, other = ({p.name for p in (tmp_path / f).iterdir()} for f in ("a/theirs", "again"))
     assert one == other

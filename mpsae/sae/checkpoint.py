@@ -67,11 +67,10 @@ def read_sae(folder: str | Path, device: str | torch.device = "cpu") -> SparseAu
     weights = read_tensors(path)
     sae = cls(config).to(_dtype(written, folder / CONFIG_FILE))
     sae.metadata = dict(written.get("metadata") or {})
-    own = sae.metadata.pop("mpsae", None)
-    if own and _VERSION.items() <= sae.metadata.items():
+    if sae.metadata.pop("mpsae", None) and _VERSION.items() <= sae.metadata.items():
         del sae.metadata["sae_lens_version"]  # written again by write_sae
     load_weights(sae, weights, path, _LAYOUT)
-    if not own and sae.architecture == "topk":
+    if sae.architecture == "topk":
         _check_topk_of_saelens(sae, written, folder / CONFIG_FILE)
     return sae.to(device).eval()
 
@@ -201,7 +200,7 @@ def _parse_config(written: Mapping[str, Any], path: Path) -> tuple[type[SparseAu
     if unknown:
         raise ValueError(f"{path} has settings that are unknown here: {', '.join(sorted(unknown))}")
     try:
-        return cls, cls.config_class(**own["config"])
+        return cls, cls.config_class(**own["config"] | _pursuit_of_saelens(written))
     except TypeError as error:
         raise ValueError(f"{path} lacks settings of a {cls.architecture} SAE: {error}") from error
 
@@ -225,14 +224,28 @@ def _from_saelens(
     sizes = {"d_in": written["d_in"], "d_sae": written["d_sae"], "normalize_atoms": False}
     if architecture == "topk":
         return TopKSAE, TopKConfig(k=written["k"], **sizes)
-    steps = written.get("max_iterations")
-    return MatchingPursuitSAE, MatchingPursuitConfig(
-        k=written["d_in"] if steps is None else steps,
-        residual_threshold=written.get("residual_threshold", 1e-2),
-        stop_on_repeat=written.get("stop_on_duplicate_support", True),
-        apply_b_dec_to_input=written.get("apply_b_dec_to_input", True),
-        **sizes,
-    )
+    defaults = {
+        "residual_threshold": 1e-2, "max_iterations": None, "stop_on_duplicate_support": True,
+        "apply_b_dec_to_input": True,
+    }  # fmt: skip
+    own = _pursuit_of_saelens({**defaults, **written})
+    return MatchingPursuitSAE, MatchingPursuitConfig(**own, **sizes)
+
+
+def _pursuit_of_saelens(written: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the settings that SAELens has for a pursuit; it changes them and leaves metadata."""
+    if written["architecture"] != "matching_pursuit":
+        return {}
+    names = {
+        "residual_threshold": "residual_threshold",
+        "max_iterations": "k",
+        "stop_on_duplicate_support": "stop_on_repeat",
+        "apply_b_dec_to_input": "apply_b_dec_to_input",
+    }
+    settings = {names[theirs]: value for theirs, value in written.items() if theirs in names}
+    if settings.get("k", 0) is None:
+        settings["k"] = written["d_in"]  # what none stands for there
+    return settings
 
 
 def _check_topk_of_saelens(sae: SparseAutoencoder, written: Mapping[str, Any], path: Path) -> None:
