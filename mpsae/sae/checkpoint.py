@@ -208,7 +208,7 @@ def _parse_config(written: Mapping[str, Any], path: Path) -> tuple[type[SparseAu
 def _from_saelens(
     written: Mapping[str, Any], path: Path
 ) -> tuple[type[SparseAutoencoder], SAEConfig]:
-    architecture = written["architecture"]
+    architecture = str(written["architecture"])
     needed = {"matching_pursuit": ("d_in", "d_sae"), "topk": ("d_in", "d_sae", "k")}
     if architecture not in needed:
         raise ValueError(

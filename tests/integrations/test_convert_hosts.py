@@ -255,6 +255,11 @@ def test_other_saes_of_overcomplete_are_not_saved(tmp_path):
         overcomplete_adapter.save(module.BatchTopKSAE(D, N, top_k=K), path)
     with pytest.raises(ValueError, match="MLPEncoder that is not one linear layer"):
         overcomplete_adapter.save(module.TopKSAE(D, N, encoder_module="mlp_ln_1"), path)
+    gelu = importlib.import_module("overcomplete.sae.modules").MLPEncoder(
+        D, N, nb_blocks=0, norm_layer=torch.nn.Identity, output_activation=torch.nn.GELU
+    )
+    with pytest.raises(ValueError, match="MLPEncoder that is not one linear layer"):
+        overcomplete_adapter.save(module.TopKSAE(D, N, encoder_module=gelu), path)
     with pytest.raises(ValueError, match="MpSAE has a MLPEncoder"):
         overcomplete_adapter.save(module.MpSAE(D, N, encoder_module="linear"), path)
     assert not path.exists()

@@ -105,6 +105,13 @@ def save_json(written: Mapping[str, Any], path: Path) -> None:
         temporary.write_text(json.dumps(written, indent=2) + "\n")
 
 
+def number(value: Tensor, name: str, path: Path) -> float:
+    """Give the one number that a tensor holds; ValueError where it holds more or none."""
+    if value.numel() != 1:
+        raise ValueError(f"{name} in {path} must be one number, not {list(value.shape)}")
+    return float(value)
+
+
 def whole_number(value: Any, name: str, path: Path) -> int:
     """Give an integer of a file; ValueError for anything else."""
     if isinstance(value, Tensor) and value.numel() == 1:

@@ -16,6 +16,7 @@ from mpsae.integrations.formats.common import (
     applied_b_dec,
     load_torch,
     make_sae,
+    number,
     refuse_architecture,
     refuse_besides,
     save_json,
@@ -69,10 +70,12 @@ def read(path: Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
     if trainer.get("k", settings["k"]) != settings["k"]:
         raise ValueError(f"k={settings['k']} in {file}, but {config} says {trainer['k']!r}")
     if architecture == "topk":
-        trainer["threshold"] = float(state.pop("threshold", -1.0))
+        threshold = state.pop("threshold", torch.tensor(-1.0))
+        trainer["threshold"] = number(threshold, "threshold", file)
     else:
         settings["tied"] = not any(name.startswith("encoder.") for name in state)
-        settings["residual_threshold"] = float(state.pop("residual_threshold", 0.0))
+        threshold = state.pop("residual_threshold", torch.tensor(0.0))
+        settings["residual_threshold"] = number(threshold, "residual_threshold", file)
     layout = _LAYOUT._replace(settings=config)
     sae = make_sae(architecture, settings, state, file, layout, device)
     sae.metadata = metadata | {"dictionary_learning": trainer}
@@ -94,7 +97,7 @@ def _settings(file: Path, state: dict[str, Any]) -> tuple[str, dict[str, Any], d
     trainer = written.get("trainer")
     if not isinstance(trainer, dict) or "dict_class" not in trainer:
         raise ValueError(f"{path} names no dict_class in trainer")
-    if trainer["dict_class"] not in _CLASSES:
+    if str(trainer["dict_class"]) not in _CLASSES:
         raise ValueError(
             f"{path} has dict_class={trainer['dict_class']!r}; read are {' and '.join(_CLASSES)}"
         )

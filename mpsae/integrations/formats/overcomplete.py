@@ -85,7 +85,8 @@ def read_parts(path: Path) -> Parts:
         raise ValueError(f"{file} holds a {name!r}; read are {' and '.join(_CLASSES)}")
     for key in ("input_shape", "nb_concepts", STEPS[name]):
         whole_number(arguments.get(key), key, file)
-    normalization = (arguments.get("dictionary_params") or {}).get("normalization", "l2")
+    params = arguments.get("dictionary_params") or {}
+    normalization = params.get("normalization", "l2") if isinstance(params, dict) else params
     if normalization != "identity":
         raise ValueError(
             f"{file} has normalization={normalization!r}; only 'identity' is read, which "
