@@ -90,6 +90,7 @@ def own(**changes):
     ("changes", "said"),
     [
         ({"metadata": {}, "architecture": "jumprelu"}, "'jumprelu' SAE of another package"),
+        ({"metadata": {}, "architecture": ["topk"]}, "SAE of another package"),
         ({"metadata": {}, "architecture": None}, "names no architecture"),
         ({"metadata": "none"}, "'none'"),
         (own(architecture="gated"), "'gated' SAE; known: "),

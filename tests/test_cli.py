@@ -10,6 +10,7 @@ import pytest
 import mpsae
 from mpsae.activations import BufferConfig, TextConfig
 from mpsae.cli.bench import BenchConfig
+from mpsae.cli.convert import ConvertConfig
 from mpsae.cli.demo import DemoConfig
 from mpsae.cli.eval import EvalConfig, find_saes
 from mpsae.cli.main import main
@@ -201,7 +202,7 @@ def test_sae_settings_reach_the_sae(arguments, tmp_path, read_json):
 @pytest.mark.parametrize(
     ("command", "configs"),
     [("train", [TrainConfig, TextConfig, BufferConfig]), ("eval", [EvalConfig]),
-     ("bench", [BenchConfig]), ("demo", [DemoConfig])],
+     ("bench", [BenchConfig]), ("convert", [ConvertConfig]), ("demo", [DemoConfig])],
 )  # fmt: skip
 def test_help_lists_every_option_with_what_it_does(command, configs, capsys):
     import ast
@@ -212,7 +213,7 @@ def test_help_lists_every_option_with_what_it_does(command, configs, capsys):
     assert left.value.code == 0
     shown = capsys.readouterr().out
     words = " ".join(shown.split())
-    positional = {"model", "dataset", "runs"}
+    positional = {"model", "dataset", "runs", "source", "target"}
     for config in configs:
         names = [f.name for f in fields(config) if f.metadata.get("cmd", True)]
         body = ast.parse(inspect.getsource(config)).body[0].body
@@ -224,7 +225,7 @@ def test_help_lists_every_option_with_what_it_does(command, configs, capsys):
         for name in names:
             if name in ("text", "buffer"):
                 continue
-            if not (name in positional and config in (TrainConfig, EvalConfig)):
+            if not (name in positional and config in (TrainConfig, EvalConfig, ConvertConfig)):
                 assert f"--{name}" in shown
             assert " ".join(texts[name].split()) in words, name
 

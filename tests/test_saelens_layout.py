@@ -101,6 +101,14 @@ def test_a_folder_of_saelens_is_read(tmp_path, changes, dtype):
     assert rms_ratio(sae.decode(code), decoded) < 1e-12
 
 
+def test_what_saelens_changed_in_our_folder_holds(tmp_path):
+    """It keeps our metadata when it folds a factor into the threshold and saves."""
+    sae = trained("matching_pursuit", residual_threshold=0.6, aux_k=2)
+    change(sae.save_pretrained(tmp_path), residual_threshold=0.2, max_iterations=2)
+    c = SparseAutoencoder.from_pretrained(tmp_path).config
+    assert (c.residual_threshold, c.k, c.aux_k) == (0.2, 2, 2)
+
+
 @pytest.mark.parametrize("kind", ["matching_pursuit", "topk"])
 def test_saelens_reads_our_folder_and_encodes_the_same(tmp_path, kind):
     sae_lens = pytest.importorskip("sae_lens", reason="sae_lens is not installed")

@@ -15,17 +15,19 @@ _USAGE = {
     "train": "mpsae train [MODEL [DATASET]] [options]",
     "eval": "mpsae eval RUN... [options]",
     "bench": "mpsae bench [--d D --n N --k K --batch B] [options]",
+    "convert": "mpsae convert SRC DST --to FORMAT",
     "demo": "mpsae demo [options]",
 }
 
 
 def _commands() -> dict[str, tuple[type, Callable[[Any], object]]]:
-    from mpsae.cli import bench, demo, eval, train
+    from mpsae.cli import bench, convert, demo, eval, train
 
     return {
         "train": (train.TrainConfig, train.run),
         "eval": (eval.EvalConfig, eval.run),
         "bench": (bench.BenchConfig, bench.run),
+        "convert": (convert.ConvertConfig, convert.run),
         "demo": (demo.DemoConfig, demo.run),
     }
 

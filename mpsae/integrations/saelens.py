@@ -26,6 +26,7 @@ from torch import Tensor
 from mpsae.integrations.patching import Patch
 from mpsae.pursuit import matching_pursuit
 from mpsae.sae import MatchingPursuitConfig, MatchingPursuitSAE
+from mpsae.sae.checkpoint import unknown_to_saelens
 from mpsae.sparse import Pursuit, sparse_decode
 
 _NAME = "_encode_matching_pursuit"
@@ -143,10 +144,8 @@ def to_saelens(sae: MatchingPursuitSAE) -> Any:
         ValueError: settings that SAELens' pursuit does not have (named).
     """
     c = sae.config
-    plain = MatchingPursuitConfig(d_in=c.d_in, d_sae=c.d_sae, k=c.k)
-    for name in ("tied", "allow_repeats", "select", "correlation_threshold"):
-        if getattr(c, name) != getattr(plain, name):
-            raise ValueError(f"{name}={getattr(c, name)!r} has no counterpart in SAELens")
+    if unknown := unknown_to_saelens(sae):
+        raise ValueError(f"{', '.join(unknown)}: no counterpart in SAELens")
     host = _host()
     config = host.MatchingPursuitSAEConfig(
         d_in=c.d_in,

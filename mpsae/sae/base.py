@@ -155,7 +155,7 @@ class SparseAutoencoder(nn.Module, ABC):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
-        """Read what :meth:`save_pretrained` wrote, or a matching-pursuit SAE of SAELens.
+        """Read what :meth:`save_pretrained` wrote, or SAELens' `matching_pursuit` or `topk`.
 
         Args:
             folder: holds `cfg.json` and `sae_weights.safetensors`.
