@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from mpsae import reverse
-from mpsae.gram import GramCorrelations, TiledCorrelations, accumulation_dtype, gram_matrix
+from mpsae.gram import (
+    GramCorrelations,
+    TiledCorrelations,
+    accumulation_dtype,
+    gram_matrix,
+    gram_name,
+)
 from mpsae.gram_cache import Kept, cache
 from mpsae.plan import Plan, choose_backend, kernels, plan
 from mpsae.reference import Correlations, PursuitOptions, pursue
@@ -90,7 +96,7 @@ def run(
     if problem.gram is not None:  # a plain matrix is read by torch
         backend = "torch"
     backend = choose_backend(x.device, x.dtype, method, backend)
-    cached = problem.gram is not None or _gram_name(backend, x.dtype) in kept.items
+    cached = problem.gram is not None or gram_name(backend, x.dtype) in kept.items
     chosen = plan(
         B, d, n, k, device=x.device, dtype=x.dtype, training=training, gram_cached=cached,
         method=method, backend=backend, earlier_steps=kept.steps,
@@ -134,11 +140,6 @@ def differentiate(
     )
 
 
-def _gram_name(backend: str, dtype: torch.dtype) -> str:
-    """Key of a kept Gram matrix: one of fp32 weights does not serve rows in fp64."""
-    return f"gram/{backend}/{accumulation_dtype(dtype)}"
-
-
 def _widened(problem: Problem) -> Problem:
     """Bring everything to the dtype in which it is computed."""
     wide = accumulation_dtype(problem.x.dtype)
@@ -160,7 +161,7 @@ def _torch(
     if chosen.variant == "gram":
         gram = p.gram
         if gram is None:
-            name = _gram_name("torch", p.x.dtype)
+            name = gram_name("torch", p.x.dtype)
             gram = kept.get(name, lambda: gram_matrix(p.dictionary, p.encoder))
         source = GramCorrelations(p.x, picker, p.bias, gram)
     else:
@@ -177,7 +178,7 @@ def _cpu(problem: Problem, options: PursuitOptions, chosen: Plan, kept: Kept, ex
     gram = None
     if chosen.variant == "gram":
         gram = kept.get(
-            _gram_name("cpu", p.x.dtype),
+            gram_name("cpu", p.x.dtype),
             lambda: kernel.build_gram(p.dictionary, p.encoder, prepared=prepared),
         )
     return kernel.gram_pursuit(
@@ -195,7 +196,7 @@ def _triton(
         p = _with_weights(p._replace(x=p.x.float()), torch.float32)
     gram = None
     if chosen.method == "gram":
-        name = _gram_name("triton", p.x.dtype)
+        name = gram_name("triton", p.x.dtype)
         gram = kept.get(name, lambda: kernel.build_gram(p.dictionary, p.encoder))
     return kernel.pursuit(
         p.x, p.dictionary, p.encoder, p.bias, gram, **_shared(p, options), certified=exact,

@@ -19,7 +19,7 @@ from torch import Tensor
 from mpsae.decode import sparse_dot
 
 DEPENDENT = 1e-6
-"""An atom is not taken whose squared distance from those in use is below this share of its own."""
+"""Share of its squared norm that an atom's squared distance from those chosen must exceed."""
 
 
 class Fit:
@@ -73,17 +73,12 @@ class LeastSquares(Fit):
     """The best values: the residual becomes orthogonal to all chosen atoms."""
 
     def admits(self, chosen, index):
-        """See :class:`Fit`; atoms in the span of those in use are not admitted."""
+        """See :class:`Fit`; atoms in the span of those chosen are not admitted."""
         atom = self.dictionary[index]
         square = atom.square().sum(-1).double()
-        used = self.used()
-        cross = sparse_dot(chosen, atom, self.dictionary).double() * used
-        explained = (cross * solved(self.gram, cross, used)).sum(-1)
+        cross = torch.where(self.live, sparse_dot(chosen, atom, self.dictionary).double(), 0)
+        explained = (cross * solved(self.gram, cross, self.live)).sum(-1)
         return square - explained > DEPENDENT * square
-
-    def used(self) -> Tensor:
-        """Atoms whose values are free, ``[B, t]``."""
-        return self.live
 
     def fitted(self, values):
         """See :class:`Fit`."""
@@ -92,10 +87,6 @@ class LeastSquares(Fit):
 
 class NonNegative(LeastSquares):
     """The best values that are not negative (Lawson & Hanson, 1974)."""
-
-    def used(self):
-        """See :class:`LeastSquares`."""
-        return self.values > 0
 
     def fitted(self, values):
         """See :class:`Fit`."""

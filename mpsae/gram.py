@@ -42,6 +42,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def gram_name(backend: str, dtype: torch.dtype) -> str:
+    """Name a kept Gram matrix: one of fp32 weights does not serve rows in fp64."""
+    return f"gram/{backend}/{accumulation_dtype(dtype)}"
+
+
 class GramCorrelations:
     """Correlations of all atoms, one row of the Gram matrix subtracted a step."""
 

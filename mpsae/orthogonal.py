@@ -57,9 +57,11 @@ def orthogonal_matching_pursuit(
 
     Notes:
         A row also stops when it has taken all atoms, and at an atom whose squared distance from
-        the span of those in use is below 1e-6 of its squared norm: its fit would be noise.
-        Correlations 2 d n FLOP a row and step, small systems in fp64. Backward: one system of
-        ``[k, k]`` a row. The non-negative fit looks at the device in each round.
+        the span of those chosen is not above 1e-6 of its squared norm: its fit would be noise.
+        On a CPU, where ``B k`` steps pay for the Gram matrix or it is at hand: 2 d n FLOP a row
+        once and 2 t n in step t. Otherwise 2 d n a row and step. Small systems in fp64. Backward:
+        one system of ``[k, k]`` a row. In torch the non-negative fit looks at the device in each
+        round.
 
     References:
         Pati et al., 1993. Rubinstein et al., 2008 (Batch-OMP). Lawson & Hanson, 1974 (NNLS).

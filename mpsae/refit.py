@@ -18,7 +18,9 @@ from torch import Tensor
 
 from mpsae import decode
 from mpsae.fits import Fit, GradientStep, LeastSquares, NonNegative, apply, gradient_step, solved
-from mpsae.gram import TiledCorrelations
+from mpsae.gram import TiledCorrelations, gram_matrix, gram_name
+from mpsae.gram_cache import cache
+from mpsae.plan import MEMORY_SHARE, choose_backend, free_bytes, kernels
 from mpsae.reference import PursuitOptions, pursue
 
 _GATHERED = 2**24  # numbers of atoms gathered at a time in the backward pass
@@ -55,15 +57,43 @@ def refit_pursuit(
         allow_repeats=allow_repeats,
         select=select,  # type: ignore[arg-type]
     )
-    rule: Fit
-    if fit == "gradient step":
-        rule = GradientStep(x, dictionary, nonnegative)
-    else:
-        rule = (NonNegative if nonnegative else LeastSquares)(x, dictionary)
-    source = TiledCorrelations(dictionary, None)
     with torch.autocast(x.device.type, enabled=False):
+        gram = _gram(x, dictionary, k, fit, backend)
+        if gram is not None:
+            return kernels("cpu_orthogonal").orthogonal_pursuit(
+                x, dictionary, gram, k, k_rows=k_rows, select=select, nonnegative=nonnegative,
+                residual_threshold=residual_threshold, correlation_threshold=options.threshold,
+            )  # fmt: skip
+        rule: Fit
+        if fit == "gradient step":
+            rule = GradientStep(x, dictionary, nonnegative)
+        else:
+            rule = (NonNegative if nonnegative else LeastSquares)(x, dictionary)
+        source = TiledCorrelations(dictionary, None)
         found = pursue(x, dictionary, None, None, options, source, k_rows=k_rows, fit=rule)
     return found.indices, found.values, found.steps
+
+
+def _gram(x: Tensor, dictionary: Tensor, k: int, fit: str, backend: str) -> Optional[Tensor]:
+    """Give the compiled kernel its Gram matrix, where that is what should run."""
+    if fit != "least squares":
+        if backend == "cpu":
+            raise ValueError(f"backend='cpu' cannot be had: it has no {fit}, torch has")
+        return None
+    if choose_backend(x.device, x.dtype, "auto", backend) != "cpu":  # type: ignore[arg-type]
+        return None
+    kept, name, n = cache.entry(dictionary, None), gram_name("torch", x.dtype), len(dictionary)
+    if name not in kept.items:
+        kept.steps += len(x) * k
+        room = MEMORY_SHARE * free_bytes(x.device)
+        if 4 * n * n > room and backend == "cpu":
+            raise ValueError(
+                f"backend='cpu' needs {4 * n * n / 2**30:.2f} GiB for the Gram matrix of {n} "
+                f"atoms, more than {MEMORY_SHARE:.0%} of the free memory ({room / 2**30:.2f} GiB)"
+            )
+        if backend != "cpu" and (kept.steps < n or 4 * n * n > room):
+            return None
+    return kept.get(name, lambda: gram_matrix(dictionary))
 
 
 @refit_pursuit.register_fake

@@ -5,8 +5,12 @@ import torch
 
 from mpsae import gradient_pursuit, orthogonal_matching_pursuit
 from mpsae.fits import GradientStep, LeastSquares, NonNegative
+from mpsae.kernels import cpu_extension, cpu_orthogonal
 from mpsae.reference import DenseCorrelations, PursuitOptions, pursue
 
+needs_kernel = pytest.mark.skipif(
+    not cpu_extension.available(), reason=cpu_extension.unavailable_reason()
+)
 FORMS = ["omp", "non-negative omp", "gradient pursuit", "signed gradient pursuit"]
 
 
@@ -261,6 +265,56 @@ def test_autocast_computes_in_fp32(form):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under = run(form, x, dictionary, 4)
     assert torch.equal(plain.values, under.values)
+
+
+@needs_kernel
+@pytest.mark.parametrize("coherence", [0.0, 1.0])
+@pytest.mark.parametrize("form", FORMS[:2])
+def test_the_compiled_kernel_stands_behind_the_operator(form, coherence):
+    x, dictionary = problem(B=60, coherence=coherence, dtype=torch.float32)
+    found = []
+    for backend in ("cpu", "torch"):
+        leaves = x.clone().requires_grad_(), dictionary.clone().requires_grad_()
+        p = run(form, *leaves, 6, backend=backend)
+        (p.values.sin().sum() + p.residual.square().sum()).backward()
+        found.append((p, *(leaf.grad for leaf in leaves)))
+    (compiled, *grads), (plain, *expected) = found
+    assert torch.equal(compiled.indices, plain.indices)
+    assert torch.equal(compiled.steps, plain.steps)
+    for ours, theirs in zip((compiled.values, *grads), (plain.values, *expected), strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+@needs_kernel
+def test_the_kernel_runs_once_its_gram_matrix_is_paid_for(monkeypatch):
+    calls = []
+    compiled = cpu_orthogonal.orthogonal_pursuit
+    monkeypatch.setattr(
+        cpu_orthogonal, "orthogonal_pursuit", lambda *a, **o: calls.append(1) or compiled(*a, **o)
+    )
+    x, dictionary = problem(B=5, n=60, dtype=torch.float32)
+    for _ in range(3):  # 20 steps each, 60 atoms
+        assert not calls
+        orthogonal_matching_pursuit(x, dictionary, 4)
+    assert len(calls) == 1
+    orthogonal_matching_pursuit(x[:1], dictionary, 1)  # the matrix is at hand
+    assert len(calls) == 2
+    dictionary += 1  # and now it is not
+    orthogonal_matching_pursuit(x[:1], dictionary, 1)
+    assert len(calls) == 2
+    monkeypatch.setattr("mpsae.refit.free_bytes", lambda device: 60)
+    orthogonal_matching_pursuit(x.repeat(90, 1), dictionary.clone(), 4)
+    assert len(calls) == 2
+    with pytest.raises(ValueError, match="the Gram matrix of 60 atoms, more than 25% of the free"):
+        orthogonal_matching_pursuit(x, dictionary.clone(), 4, backend="cpu")
+
+
+def test_what_the_kernel_does_not_do_is_refused():
+    x, dictionary = problem()
+    with pytest.raises(ValueError, match="the input is fp64"):
+        orthogonal_matching_pursuit(x, dictionary, 2, backend="cpu")
+    with pytest.raises(ValueError, match="no gradient step, torch has"):
+        gradient_pursuit(x.float(), dictionary.float(), 2, backend="cpu")
 
 
 @pytest.mark.parametrize(
