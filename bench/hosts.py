@@ -8,6 +8,7 @@ Needs the packages; those that are not installed are left out. Writes results/<d
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from loops import sparsify_decode, sparsify_loop
 from save import device_name, save
 
 from mpsae.benchmark import interleave, peak_bytes
@@ -87,6 +89,48 @@ def overcomplete_steps(x: Tensor, n: int, k: int) -> dict[str, Step]:
     return {"overcomplete": own, "overcomplete, patched": patched}
 
 
+def sparsify_steps(x: Tensor, n: int, k: int) -> dict[str, Step]:
+    """Make steps of sparsify's trainer: forward, FVU, backward, schedule-free signum.
+
+    Its released coder is TopK; the loop is that of its branch, which was never released.
+    """
+    if x.device.type == "cpu":  # it takes Triton wherever that is installed
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    from schedulefree import ScheduleFreeWrapper
+    from sparsify import SparseCoder, SparseCoderConfig
+    from sparsify.fused_encoder import EncoderOutput
+    from sparsify.sign_sgd import SignSGD
+
+    from mpsae.integrations import sparsify as fast
+
+    class Loop(fast.SparseCoder):
+        def encode(self, x: Tensor) -> Any:
+            weights = self.encoder.weight, self.W_dec, self.cfg.k, self.encoder.bias, self.b_dec
+            return EncoderOutput(*sparsify_loop(x, *weights), None)
+
+        def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
+            return sparsify_decode(top_indices, top_acts, self.W_dec)
+
+    def step(coder: Any, config: Any) -> Step:
+        torch.manual_seed(0)
+        sae = coder(x.shape[1], config(num_latents=n, k=k), dtype=torch.float32)
+        optimizer = ScheduleFreeWrapper(SignSGD(sae.parameters(), lr=1e-6), momentum=0.95)
+        optimizer.train()
+
+        def run() -> object:
+            sae(x).fvu.backward()
+            optimizer.step()
+            return optimizer.zero_grad()
+
+        return run
+
+    return {
+        "sparsify, its branch": step(Loop, fast.MatchingPursuitConfig),
+        "sparsify, this coder": step(fast.SparseCoder, fast.MatchingPursuitConfig),
+        "sparsify, TopK": step(SparseCoder, SparseCoderConfig),
+    }
+
+
 def main() -> int:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -98,7 +142,7 @@ def main() -> int:
     options = parser.parse_args()
     x = torch.randn(options.batch, options.d, generator=torch.Generator().manual_seed(0))
     rows = []
-    for make in (saelens_steps, overcomplete_steps):
+    for make in (saelens_steps, overcomplete_steps, sparsify_steps):
         try:
             steps = make(x, options.n, options.k)
         except ImportError as error:

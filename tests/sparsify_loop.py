@@ -59,6 +59,14 @@ class Loop(mp.SparseCoder):
         return y + bias if self.cfg.mp_bias == "once" else y
 
 
+def auxiliary(sae, out, y):
+    """FVU of what the pursuit subtracted."""
+    total = add_up(out.latent_acts, out.latent_indices, sae.W_dec_2)
+    if sae.cfg.mp_bias == "once":
+        total = total + sae.b_dec_2
+    return (y - total).square().sum() / (y - y.mean(0)).square().sum()
+
+
 def add_up(acts, indices, rows):
     return (acts[:, :, None] * rows[indices]).sum(1)
 

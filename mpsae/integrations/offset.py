@@ -48,7 +48,9 @@ class Kept:
             for a, b in zip(self.tensors, tensors, strict=True)
         )
         if not same:
-            self.tensors = tensors
+            # tensors of inference mode have no version, by which weights are known again
+            with torch.inference_mode(False), torch.no_grad():
+                self.tensors = tuple(t.clone() if t.is_inference() else t for t in tensors)
         return self.tensors
 
 

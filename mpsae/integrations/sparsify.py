@@ -152,8 +152,9 @@ def _classes() -> dict[str, Any]:
                     self.W_dec.copy_(self.encoder.weight)
                     if cfg.normalize_decoder:
                         self.set_decoder_norm_to_unit_norm()
-                if decoder and cfg.transcode and cfg.slice_decoder and not cfg.slice_encoder:
-                    self.W_dec = torch.nn.Parameter(self.W_dec.new_zeros(n * cfg.k, d_in))
+                if decoder and cfg.transcode and cfg.slice_encoder != cfg.slice_decoder:
+                    rows = n * cfg.k if cfg.slice_decoder else n
+                    self.W_dec = torch.nn.Parameter(self.W_dec.new_zeros(rows, d_in))
             self.W_dec_2, self.b_dec_2 = self.W_dec, self.b_dec
             if untied:
                 weight = self.encoder.weight

@@ -11,18 +11,20 @@ pytest.importorskip("sparsify", reason="sparsify is not installed")
 
 import sparsify
 from safetensors.torch import load_file, save_model
-from sparsify_loop import CLOSE, D, K, N, config, data, error, pair
+from sparsify_loop import CLOSE, D, K, Loop, N, auxiliary, config, data, error, pair
 
 from mpsae.integrations import sparsify as mp
 
 
-def everything(sae, x, y, aux):
+def everything(sae, x, y):
     """Outputs, and gradients of a loss in which each act counts differently."""
     x = x.clone().requires_grad_()
     out = sae(x, y)
     acts, indices = out.latent_acts, out.latent_indices
     loss = out.fvu + (acts * acts.detach().cos()).sum()
-    if aux:
+    if isinstance(sae, Loop) and sae.cfg.mp_aux:
+        loss = loss + auxiliary(sae, out, y)
+    else:  # as the Trainer does
         loss = loss + out.multi_topk_fvu / 8
     loss.backward()
     gradients = {name: p.grad for name, p in sae.named_parameters()}
@@ -52,9 +54,8 @@ def test_codes_and_gradients_are_the_branchs(kind, slices, detach, bias, dtype):
     ours, theirs = pair(dtype, **settings)
     x = data(dtype=dtype)
     y = data(dtype=dtype, seed=2) if settings.get("transcode") else x
-    aux = settings.get("mp_aux", False)
-    indices, found = everything(ours, x, y, aux)
-    expected_indices, expected = everything(theirs, x, y, aux)
+    indices, found = everything(ours, x, y)
+    expected_indices, expected = everything(theirs, x, y)
     assert (expected["acts"] > 0).all(), "the rows are to have values above 0 only"
     assert torch.equal(indices, expected_indices)
     assert (indices < N).all()
@@ -71,8 +72,8 @@ def test_latents_are_taken_again_where_they_may(bias):
     ours.W_dec.data *= 0.3
     theirs.W_dec.data *= 0.3
     theirs.masked = True
-    indices, found = everything(ours, data(), None, False)
-    expected_indices, expected = everything(theirs, data(), None, False)
+    indices, found = everything(ours, data(), None)
+    expected_indices, expected = everything(theirs, data(), None)
     assert torch.equal(indices, expected_indices)
     assert all(len(set(row)) < len(row) for row in indices.tolist())
     for name, value in expected.items():
@@ -83,17 +84,17 @@ def test_latents_are_taken_again_where_they_may(bias):
 def test_each_latent_is_taken_once_and_a_clamped_one_has_no_gradient(bias):
     """The branch gives latents that it takes with value 0 a gradient: the one difference here."""
     ours, theirs = pair(k=N, mp_bias=bias)
-    indices, found = everything(ours, data(), None, False)
+    indices, found = everything(ours, data(), None)
     assert (found["acts"] == 0).any()
     assert all(sorted(row) == list(range(N)) for row in indices.tolist())
     theirs.masked = True
-    expected_indices, expected = everything(theirs, data(), None, False)
+    expected_indices, expected = everything(theirs, data(), None)
     assert torch.equal(indices, expected_indices)
     for name, value in expected.items():
         assert error(found[name], value) <= 1e-9, name
     theirs.zero_grad()
     theirs.masked = False
-    _, branch = everything(theirs, data(), None, False)
+    _, branch = everything(theirs, data(), None)
     assert torch.equal(branch["acts"], expected["acts"])
     assert error(found["encoder.weight"], branch["encoder.weight"]) > 1e-3
 
@@ -110,6 +111,66 @@ def test_rows_of_any_leading_shape(lead, slices):
     assert acts.shape == indices.shape == (*lead, K)
     assert indices.dtype == torch.int64
     assert torch.equal(acts.flatten(0, -2), flat.top_acts[: acts[..., 0].numel()])
+
+
+@pytest.mark.parametrize("bias", ["branch", "once"])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_slice_without_a_positive_correlation_gives_its_best_latent_and_0(both, bias):
+    ours, theirs = pair(slice_encoder=True, slice_decoder=both, mp_bias=bias)
+    for sae in (ours, theirs):
+        rows = len(sae.encoder.bias) // K
+        sae.encoder.bias.data[rows : 2 * rows] = -30.0
+    indices, found = everything(ours, data(), None)
+    theirs.masked = True
+    expected_indices, expected = everything(theirs, data(), None)
+    assert not found["acts"][:, 1].any()
+    assert (found["acts"][:, 2:] > 0).all()
+    assert torch.equal(indices, expected_indices)
+    for name, value in expected.items():
+        assert error(found[name], value) <= 1e-9, name
+
+
+def test_sizes_of_sliced_weights_are_the_branchs():
+    for encoder, decoder, expected in (
+        (False, False, (N, N)),
+        (True, False, (K * N, N)),
+        (False, True, (N, K * N)),
+        (True, True, (N, N)),
+    ):
+        slices = {"slice_encoder": encoder, "slice_decoder": decoder}
+        sae = mp.SparseCoder(D, config(transcode=True, mp_encoder=False, **slices))
+        assert (len(sae.encoder.weight), len(sae.W_dec)) == expected
+        assert sae.W_dec_2.shape == sae.encoder.weight.shape
+        assert not sae.W_dec.any()
+        assert sae.num_latents == N
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=str)
+def test_rows_in_16_bits_and_autocast_leave_the_weights_precision(settings):
+    ours, _ = pair(torch.float32, **{**settings, "skip_connection": False, "mp_bias": "once"})
+    ours.eval()  # no renormalisation, which rounds anew in each forward
+    x = data(dtype=torch.bfloat16)
+    expected = ours(x.float(), x.float())
+    found = ours(x, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = ours(x, x)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(under_autocast.latent_indices, expected.latent_indices)
+    for one, other in zip(under_autocast[:2], expected[:2], strict=True):
+        assert one.dtype == torch.float32
+        assert error(one, other) <= CLOSE[torch.float32]
+
+
+def test_weights_kept_in_inference_mode_are_known_again():
+    ours, theirs = pair()
+    with torch.inference_mode():
+        found = ours.encode(data())
+    assert not any(t.is_inference() for t in ours._kept.tensors)
+    assert torch.equal(found.top_indices, theirs.encode(data())[1])
+    loss = ours(data()).fvu
+    loss.backward()
+    assert ours.W_dec.grad.any()
 
 
 @pytest.mark.parametrize("through", ["data", "in place", "float"])
@@ -167,8 +228,16 @@ def test_what_is_saved_is_loaded(settings, dtype, tmp_path):
         assert torch.equal(other(data(dtype=dtype)).sae_out, sae(data(dtype=dtype)).sae_out)
 
 
-def test_an_autoencoder_loads_in_the_host_as_one_of_its_own(tmp_path):
-    sae, _ = pair()
+SAME_WEIGHTS = [
+    {},
+    {"slice_encoder": True, "slice_decoder": True},
+    {"transcode": True, "mp_untie": False},
+]
+
+
+@pytest.mark.parametrize("settings", SAME_WEIGHTS, ids=str)
+def test_a_coder_of_the_hosts_weights_loads_in_it_as_one_of_its_own(settings, tmp_path):
+    sae, _ = pair(**settings)
     sae.save_to_disk(tmp_path)
     theirs = sparsify.SparseCoder.load_from_disk(tmp_path)
     assert type(theirs) is sparsify.SparseCoder
