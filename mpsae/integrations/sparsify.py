@@ -97,20 +97,17 @@ def _classes() -> dict[str, Any]:
                 raise ValueError(f"mp_bias must be one of branch, once, not {self.mp_bias!r}")
             if self.k < 1:
                 raise ValueError(f"k must be at least 1, not {self.k}")
-            refused = {
-                "matching_pursuit=False": not self.matching_pursuit
-                and "that is sparsify's own SparseCoderConfig",
-                "multi_topk=True": self.multi_topk
-                and "the pursuit has no activations of latents that it did not take",
-                "ito=True": self.ito
-                and "with mp_repeats=True later steps may add to latents taken before",
-                "mp_repeats=True": self.mp_repeats
-                and self.slice_encoder
-                and "with slice_encoder=True no latent comes up twice",
-            }
-            for setting, why in refused.items():
-                if why:
-                    raise ValueError(f"{setting} does not go with matching pursuit here: {why}")
+            if not self.matching_pursuit:
+                raise ValueError("matching_pursuit=False is for sparsify's own SparseCoderConfig")
+            if self.multi_topk:
+                raise ValueError("multi_topk=True needs activations of latents that are not taken")
+            if self.ito:
+                raise ValueError(
+                    "ito=True is not available; with mp_repeats=True later steps add to latents "
+                    "that were taken before"
+                )
+            if self.mp_repeats and self.slice_encoder:
+                raise ValueError("mp_repeats=True: with slice_encoder=True nothing comes up twice")
 
     class SparseCoder(coder):  # type: ignore[valid-type, misc]
         """A sparse coder of sparsify that encodes by matching pursuit.
@@ -121,7 +118,8 @@ def _classes() -> dict[str, Any]:
             device, dtype, decoder: as sparsify's. An autoencoder needs its decoder to encode.
 
         Raises:
-            ValueError: more steps than latents, or no decoder where the pursuit needs it.
+            ValueError: another configuration, more steps than latents, or no decoder where the
+                pursuit needs it.
         """
 
         W_dec: Any
@@ -136,9 +134,12 @@ def _classes() -> dict[str, Any]:
             *,
             decoder: bool = True,
         ):
+            if not isinstance(cfg, MatchingPursuitConfig):
+                raise ValueError(f"cfg must be a MatchingPursuitConfig, not {type(cfg).__name__}")
             n = cfg.num_latents or d_in * cfg.expansion_factor
             rows = n * cfg.k if cfg.slice_encoder and not cfg.slice_decoder else n
-            super().__init__(d_in, replace(cfg, num_latents=rows), device, dtype, decoder=decoder)
+            sizes = replace(cfg, num_latents=rows)  # type: ignore[call-arg]
+            super().__init__(d_in, sizes, device, dtype, decoder=decoder)
             self.cfg, self.num_latents, self.slices = cfg, n, cfg.k
             self._kept = Kept()
             self._check_steps()
@@ -232,8 +233,7 @@ def _classes() -> dict[str, Any]:
             """
             if dead_mask is not None:
                 raise ValueError(_NO_AUXK)
-            x = x.to(self.dtype)
-            y = x if y is None else y.to(self.dtype)
+            y = (x if y is None else y).to(self.dtype)
             if total_variance is None:
                 total_variance = (y - y.mean(0)).square().sum()
             if self.cfg.normalize_encoder and self.training and torch.is_grad_enabled():
@@ -310,14 +310,16 @@ def load_from_disk(
     path = Path(path)
     settings = json.loads((path / "cfg.json").read_text())
     d_in = settings.pop("d_in")
-    config_class, coder_class = _host("config").SparseCoderConfig, _host("sparse_coder").SparseCoder
     if settings.get("matching_pursuit"):
-        config_class, coder_class = _classes().values()
+        classes = _classes()
+        config_class, coder = classes["MatchingPursuitConfig"], classes["SparseCoder"]
+    else:
+        config_class, coder = _host("config").SparseCoderConfig, _host("sparse_coder").SparseCoder
     config = config_class.from_dict(settings, drop_extra_fields=True)
     file = str(path / "sae.safetensors")
     with safe_open(file, framework="pt") as weights:
         dtype = weights.get_tensor(next(iter(weights.keys()))).dtype
-    sae = coder_class(d_in, config, device=device, dtype=dtype, decoder=decoder)
+    sae = coder(d_in, config, device=device, dtype=dtype, decoder=decoder)
     load_model(sae, file, strict=decoder, device=str(device))
     return sae
 

@@ -1,6 +1,8 @@
 """sparsify's coder with this encoder and with a plain loop in its place, and its files."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -151,11 +153,12 @@ def test_rows_in_16_bits_and_autocast_leave_the_weights_precision(settings):
     ours.eval()  # no renormalisation, which rounds anew in each forward
     x = data(dtype=torch.bfloat16)
     expected = ours(x.float(), x.float())
-    found = ours(x, x)
+    found, without_target = ours(x, x), ours(x)
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = ours(x, x)
-    for one, other in zip(found, expected, strict=True):
+    for one, also, other in zip(found, without_target, expected, strict=True):
         assert torch.equal(one, other)
+        assert torch.equal(also, other)
     assert torch.equal(under_autocast.latent_indices, expected.latent_indices)
     for one, other in zip(under_autocast[:2], expected[:2], strict=True):
         assert one.dtype == torch.float32
@@ -272,6 +275,18 @@ def test_a_checkpoint_of_the_branch_is_loaded(transcode, tmp_path):
     assert error(loaded(data()).sae_out, loop(data()).sae_out) <= 1e-9
 
 
+@pytest.mark.parametrize("settings", FILES, ids=str)
+def test_copies_share_what_the_coder_shares(settings):
+    sae, _ = pair(**settings)
+    with torch.no_grad():
+        sae(data())
+    for other in (copy.deepcopy(sae), pickle.loads(pickle.dumps(sae)), pair(**settings)[0].float()):
+        assert (other.W_dec_2 is other.encoder.weight) == (sae.W_dec_2 is sae.encoder.weight)
+        assert (other.W_dec_2 is other.W_dec) == (sae.W_dec_2 is sae.W_dec)
+        x = data().to(other.dtype)
+        assert error(other(x).sae_out, sae(data()).sae_out) <= CLOSE[other.dtype]
+
+
 def test_an_encoder_alone_is_loaded_where_it_can_encode(tmp_path):
     sae, _ = pair(transcode=True)
     sae.save_to_disk(tmp_path / "transcoder")
@@ -299,6 +314,11 @@ def test_an_encoder_alone_is_loaded_where_it_can_encode(tmp_path):
 def test_settings_that_do_not_fit_are_refused_by_name(settings, named):
     with pytest.raises(ValueError, match=named):
         config(**settings)
+
+
+def test_a_configuration_of_the_host_is_refused():
+    with pytest.raises(ValueError, match="MatchingPursuitConfig, not SparseCoderConfig"):
+        mp.SparseCoder(D, sparsify.SparseCoderConfig())
 
 
 def test_more_steps_than_latents_are_refused():
