@@ -1,6 +1,9 @@
 """sparsify's matching pursuit as a plain loop, and coders to compare it on; needs sparsify."""
 
+import pytest
 import torch
+
+pytest.importorskip("sparsify", reason="sparsify is not installed")
 
 from mpsae.integrations import sparsify as mp
 

@@ -147,6 +147,15 @@ def test_sizes_of_sliced_weights_are_the_branchs():
         assert sae.num_latents == N
 
 
+def test_normalised_weights_start_with_unit_norm_and_alike():
+    sae = mp.SparseCoder(D, config(normalize_encoder=True))
+    torch.testing.assert_close(sae.encoder.weight.norm(dim=1), torch.ones(N))
+    assert torch.equal(sae.W_dec, sae.encoder.weight)
+    plain = mp.SparseCoder(D, config(normalize_decoder=True))
+    torch.testing.assert_close(plain.W_dec.norm(dim=1), torch.ones(N))
+    assert not torch.equal(plain.W_dec, plain.encoder.weight)
+
+
 @pytest.mark.parametrize("settings", KINDS, ids=str)
 def test_rows_in_16_bits_and_autocast_leave_the_weights_precision(settings):
     ours, _ = pair(torch.float32, **{**settings, "skip_connection": False, "mp_bias": "once"})
