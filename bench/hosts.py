@@ -8,6 +8,7 @@ Needs the packages; those that are not installed are left out. Writes results/<d
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,12 +20,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from loops import saelens_loop
+from loops import saelens_loop, sparsify_decode, sparsify_loop
 from save import device_name, save
 
+from mpsae import decompose
 from mpsae.benchmark import interleave, peak_bytes
 
 Step = Callable[[], object]
+VECTORS, WIDTH, TOKENS = 16, 768, 50257  # GPT-2's unembedding
 
 
 def saelens_steps(x: Tensor, n: int, k: int) -> dict[str, Step]:
@@ -60,15 +63,15 @@ def saelens_steps(x: Tensor, n: int, k: int) -> dict[str, Step]:
     return {"SAELens": own, "SAELens, patched": patched, "SAELens, sparse codes": sparse}
 
 
-def overcomplete_steps(x: Tensor, n: int, k: int) -> dict[str, Step]:
-    """Make steps of overcomplete's MpSAE with the loss of squares and Adam."""
+def overcomplete_steps(x: Tensor, n: int, k: int, name: str = "MpSAE") -> dict[str, Step]:
+    """Make steps of one of overcomplete's SAEs with the loss of squares and Adam."""
     from mpsae.integrations import overcomplete as fast
 
     host = fast.import_host()
 
     def step() -> Step:
         torch.manual_seed(0)
-        sae = host.MpSAE(x.shape[1], n, k=k)
+        sae = getattr(host, name)(x.shape[1], n, k=k)
         optimizer = torch.optim.Adam(sae.parameters(), lr=1e-6)
 
         def run() -> object:
@@ -85,7 +88,12 @@ def overcomplete_steps(x: Tensor, n: int, k: int) -> dict[str, Step]:
         with fast.patched():
             return also()
 
-    return {"overcomplete": own, "overcomplete, patched": patched}
+    return {f"overcomplete, {name}": own, f"overcomplete, {name}, patched": patched}
+
+
+def overcomplete_omp_steps(x: Tensor, n: int, k: int) -> dict[str, Step]:
+    """Make steps of overcomplete's OMPSAE."""
+    return overcomplete_steps(x, n, k, "OMPSAE")
 
 
 def dictionary_learning_steps(x: Tensor, n: int, k: int) -> dict[str, Step]:
@@ -137,7 +145,82 @@ def grad_pursuit_steps(x: Tensor, n: int, k: int) -> dict[str, Step]:
     return {"grad_pursuit": own, "grad_pursuit, patched": patched}
 
 
-HOSTS = (saelens_steps, overcomplete_steps, dictionary_learning_steps, grad_pursuit_steps)
+def sparsify_steps(x: Tensor, n: int, k: int) -> dict[str, Step]:
+    """Make steps of sparsify's trainer: forward, FVU, backward, schedule-free signum.
+
+    Its released coder is TopK; the loop is that of its branch, which was never released.
+    """
+    if x.device.type == "cpu":  # it takes Triton wherever that is installed
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    from schedulefree import ScheduleFreeWrapper
+    from sparsify import SparseCoder, SparseCoderConfig
+    from sparsify.fused_encoder import EncoderOutput
+    from sparsify.sign_sgd import SignSGD
+
+    from mpsae.integrations import sparsify as fast
+
+    class Loop(fast.SparseCoder):
+        def encode(self, x: Tensor) -> Any:
+            weights = self.encoder.weight, self.W_dec, self.cfg.k, self.encoder.bias, self.b_dec
+            return EncoderOutput(*sparsify_loop(x, *weights), None)
+
+        def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
+            return sparsify_decode(top_indices, top_acts, self.W_dec)
+
+    def step(coder: Any, config: Any) -> Step:
+        torch.manual_seed(0)
+        sae = coder(x.shape[1], config(num_latents=n, k=k), dtype=torch.float32)
+        optimizer = ScheduleFreeWrapper(SignSGD(sae.parameters(), lr=1e-6), momentum=0.95)
+        optimizer.train()
+
+        def run() -> object:
+            sae(x).fvu.backward()
+            optimizer.step()
+            return optimizer.zero_grad()
+
+        return run
+
+    return {
+        "sparsify, its branch": step(Loop, fast.MatchingPursuitConfig),
+        "sparsify, this coder": step(fast.SparseCoder, fast.MatchingPursuitConfig),
+        "sparsify, TopK": step(SparseCoder, SparseCoderConfig),
+    }
+
+
+def vocabulary_steps(x: Tensor, n: int, k: int) -> dict[str, Step]:
+    """Decompose some vectors over a whole unembedding, one at a time by hand and all at once."""
+    g = torch.Generator().manual_seed(2)
+    unembedding = torch.randn(TOKENS, WIDTH, generator=g).to(x.device)
+    vectors = torch.randn(VECTORS, WIDTH, generator=g).to(x.device)
+    unit = torch.nn.functional.normalize(unembedding, dim=1)
+
+    def by_hand() -> object:
+        codes = []
+        for left in vectors:
+            code = []
+            for _ in range(k):
+                value, token = (unit @ left).max(0)
+                left = left - value.relu() * unit[token]
+                code.append((token, value))
+            codes.append(code)
+        return codes
+
+    return {
+        "vocabulary, by hand": by_hand,
+        "vocabulary, decompose": lambda: decompose(vectors, unembedding, k),
+        "vocabulary, decompose with refit": lambda: decompose(vectors, unembedding, k, refit=True),
+    }
+
+
+HOSTS = (
+    saelens_steps,
+    overcomplete_steps,
+    overcomplete_omp_steps,
+    sparsify_steps,
+    dictionary_learning_steps,
+    grad_pursuit_steps,
+    vocabulary_steps,
+)
 
 
 def main() -> int:
@@ -159,14 +242,16 @@ def main() -> int:
             continue
         times = interleave(steps, options.repetitions)
         first = next(iter(times.values())).median
+        shape = (len(x), options.d, options.n)
+        B, d, n = (VECTORS, WIDTH, TOKENS) if make is vocabulary_steps else shape
         for name, time in times.items():
             peak = peak_bytes(steps[name], x.device)
             rows.append(
-                {"what": name, "B": options.batch, "d": options.d, "n": options.n, "k": options.k}
+                {"what": name, "B": B, "d": d, "n": n, "k": options.k}
                 | {"seconds": asdict(time), "ratio": first / time.median, "peak_bytes": peak}
             )
             memory = "not measured" if peak is None else f"{peak / 1e6:,.0f} MB"
-            print(f"{name:<32}{1e3 * time.median:>9.0f} ms {first / time.median:>6.1f}x  {memory}")
+            print(f"{name:<34}{1e3 * time.median:>9.0f} ms {first / time.median:>6.1f}x  {memory}")
     print(save(f"{device_name()}-hosts", {"rows": rows}))
     return 0
 

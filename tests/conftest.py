@@ -22,6 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     # Triton reads it once, when it is first imported, by whichever test or library of the process
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it takes Triton wherever that is installed
 
 
 def pytest_addoption(parser):

@@ -40,7 +40,8 @@ class Patch:
             RuntimeError: its function has other parameters than those this was written for.
         """
         owner = self.owner()
-        current = getattr(owner, self.name, None)
+        # static: a staticmethod is to be given back as one
+        current = inspect.getattr_static(owner, self.name, None)
         if current is self.replacement:
             return
         found = None if current is None else list(inspect.signature(current).parameters)
