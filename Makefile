@@ -72,7 +72,7 @@ $(READY): requirements.txt setup.py pyproject.toml $(wildcard kernels/csrc/*)
 
 $(HOSTS)/ready: requirements.txt requirements-hosts.txt setup.py pyproject.toml $(wildcard kernels/csrc/*)
 	@echo "== environment in $(HOSTS): installing the hosts too (once)"
-	$(call install,$(HOSTS),-r requirements-hosts.txt,overcomplete==0.3.0)
+	$(call install,$(HOSTS),-r requirements-hosts.txt,overcomplete==0.3.0 dictionary-learning==0.1.0 sae-bench==0.6.0)
 
 clean:
 	rm -rf $(VENV) $(HOSTS) build dist runs *.egg-info

@@ -1,4 +1,4 @@
-"""Orthogonal matching pursuit on the CPU with the Gram matrix at hand (Batch-OMP).
+"""Orthogonal matching pursuit and gradient pursuit on the CPU, the Gram matrix at hand.
 
 Per row, with S the atoms in use and v their coefficients, the correlations are
 c = c_0 - sum_s v_s G[j_s]: k rows of the Gram that stay in cache, read once more in each step.
@@ -27,6 +27,7 @@ def orthogonal_pursuit(
     k_rows: Tensor | None = None,
     select: Literal["relu", "max", "abs"] = "abs",
     nonnegative: bool = False,
+    gradient: bool = False,
     residual_threshold: float = 0.0,
     correlation_threshold: float = 0.0,
     n_threads: int | None = None,
@@ -41,6 +42,10 @@ def orthogonal_pursuit(
     of the best atom from the span of S is not above 1e-6 ||d_j||^2 (it is not taken then); and
     when ||r|| < ``residual_threshold`` after a step, if that is above 0.
 
+    With ``gradient``, gradient pursuit: an atom may come again, and in place of the fit the values
+    are moved along c_S = D_S r by <c_S, c_S> / ||c_S D_S||^2, then kept at 0 or above where
+    ``nonnegative``. No atom is dependent then.
+
     Args:
         x: ``[B, d]`` fp32.
         dictionary: ``[n, d]`` fp32, atoms of any norm.
@@ -48,7 +53,9 @@ def orthogonal_pursuit(
         k: steps at most.
         k_rows: ``[B]`` int64, steps at most for each row.
         select: score c ("relu", "max") or its magnitude ("abs"); ties go to the lowest index.
-        nonnegative: fit over v >= 0; atoms that it sets to 0 stay in S. With "relu" only.
+        nonnegative: fit over v >= 0; atoms that it sets to 0 stay in S. With "relu" only, but for
+            ``gradient``.
+        gradient: a step along the gradient in place of the fit.
         residual_threshold: stop below this norm, if above 0.
         correlation_threshold: stop unless the best score is above; -inf for no limit.
         n_threads: threads of the kernel, those of torch by default.
@@ -90,7 +97,7 @@ def orthogonal_pursuit(
             f"and residual_threshold={residual_threshold}"
         )
     rule = selection(select)
-    if nonnegative and select != "relu":
+    if nonnegative and not gradient and select != "relu":
         raise ValueError(f"nonnegative needs select='relu', got {select!r}")
     kernel = extension()
     indices = torch.zeros(B, k, dtype=torch.int64)
@@ -106,7 +113,8 @@ def orthogonal_pursuit(
         kernel.orthogonal(
             x[first:].data_ptr(), atoms.data_ptr(), gram.data_ptr(), product.data_ptr(),
             address(None if k_rows is None else k_rows[first:]), last - first, d, n, k, rule,
-            nonnegative, residual_threshold, correlation_threshold, indices[first:].data_ptr(),
-            values[first:].data_ptr(), steps[first:].data_ptr(), threads, isa,
+            nonnegative, gradient, residual_threshold, correlation_threshold,
+            indices[first:].data_ptr(), values[first:].data_ptr(), steps[first:].data_ptr(),
+            threads, isa,
         )  # fmt: skip
     return indices, values, steps

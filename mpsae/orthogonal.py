@@ -122,7 +122,7 @@ def gradient_pursuit(
         ValueError: as :func:`orthogonal_matching_pursuit`.
 
     Notes:
-        Correlations 2 d n FLOP a row and step. Backward: the steps are repeated on ``[k, k]``
+        FLOP as :func:`orthogonal_matching_pursuit`. Backward: the steps are repeated on ``[k, k]``
         matrices and differentiated.
 
     References:

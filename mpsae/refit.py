@@ -58,11 +58,12 @@ def refit_pursuit(
         select=select,  # type: ignore[arg-type]
     )
     with torch.autocast(x.device.type, enabled=False):
-        gram = _gram(x, dictionary, k, fit, backend)
+        gram = _gram(x, dictionary, k, backend)
         if gram is not None:
             return kernels("cpu_orthogonal").orthogonal_pursuit(
                 x, dictionary, gram, k, k_rows=k_rows, select=select, nonnegative=nonnegative,
-                residual_threshold=residual_threshold, correlation_threshold=options.threshold,
+                gradient=fit == "gradient step", residual_threshold=residual_threshold,
+                correlation_threshold=options.threshold,
             )  # fmt: skip
         rule: Fit
         if fit == "gradient step":
@@ -74,12 +75,8 @@ def refit_pursuit(
     return found.indices, found.values, found.steps
 
 
-def _gram(x: Tensor, dictionary: Tensor, k: int, fit: str, backend: str) -> Optional[Tensor]:
+def _gram(x: Tensor, dictionary: Tensor, k: int, backend: str) -> Optional[Tensor]:
     """Give the compiled kernel its Gram matrix, where that is what should run."""
-    if fit != "least squares":
-        if backend == "cpu":
-            raise ValueError(f"backend='cpu' cannot be had: it has no {fit}, torch has")
-        return None
     if choose_backend(x.device, x.dtype, "auto", backend) != "cpu":  # type: ignore[arg-type]
         return None
     kept, name, n = cache.entry(dictionary, None), gram_name("torch", x.dtype), len(dictionary)

@@ -295,11 +295,11 @@ PyObject* find_largest(PyObject*, PyObject* args) {
 PyObject* pursue_orthogonal(PyObject*, PyObject* args) {
   Address x, dictionary, gram, correlation, k_rows, indices, values, steps;
   long long B, d, n, k, threads;
-  int select, nonnegative;
+  int select, nonnegative, gradient;
   double residual_threshold, correlation_threshold;
   const char* isa;
-  if (!PyArg_ParseTuple(args, "KKKKKLLLLipddKKKLs", &x, &dictionary, &gram, &correlation, &k_rows,
-                        &B, &d, &n, &k, &select, &nonnegative, &residual_threshold,
+  if (!PyArg_ParseTuple(args, "KKKKKLLLLippddKKKLs", &x, &dictionary, &gram, &correlation, &k_rows,
+                        &B, &d, &n, &k, &select, &nonnegative, &gradient, &residual_threshold,
                         &correlation_threshold, &indices, &values, &steps, &threads, &isa))
     return nullptr;
   const Functions* f = functions_named(isa);
@@ -315,6 +315,7 @@ PyObject* pursue_orthogonal(PyObject*, PyObject* args) {
                         k,
                         select,
                         nonnegative != 0,
+                        gradient != 0,
                         residual_threshold,
                         correlation_threshold,
                         at<int64_t>(indices),

@@ -107,7 +107,7 @@ struct Orthogonal {
   const int64_t* k_rows;    // [B] or null
   int64_t B, d, n, k;
   int select;
-  bool nonnegative;
+  bool nonnegative, gradient;  // gradient: one step along it in place of the fit
   double residual_threshold, correlation_threshold;
   int64_t* indices;  // [B, k]
   float* values;     // [B, k]
@@ -122,7 +122,7 @@ struct OrthogonalScratch {
   float* weight;       // [room] their values
   double* span;        // [room, stride] inverse of the Gram of the atoms taken
   double* fit;         // [room, stride] of those fitted, where nonnegative
-  double* pairs;       // [room, stride] the Gram of the atoms taken, where nonnegative
+  double* pairs;       // [room, stride] the Gram of the atoms taken, where nonnegative or gradient
   int64_t stride;
   double *start, *value;            // [stride] by order of selection: <x, d_s>, v_s
   double *g, *u, *target;           // [stride] by order in the inverse
