@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -108,6 +109,32 @@ def run(
     if records is not None:
         records.append(PursuitRecord(chosen, found[3], found[4]))
     return found
+
+
+class KernelCorrelations:
+    """The residual's best correlations by the kernels: a pursuit of one step, and no Gram matrix.
+
+    For pursuits whose residual leaves the atoms chosen before without a score, up to rounding: a
+    row that would take one of them again has none left.
+    """
+
+    def __init__(self, encoder: Tensor):
+        self.encoder = encoder
+
+    def best(self, residual, options: PursuitOptions, window, banned):
+        """See :class:`mpsae.reference.Correlations`."""
+        problem = Problem(residual, self.encoder, None, None, None, None, None)
+        step = PursuitOptions(k=1, select=options.select)
+        indices, values, _, taken, _ = run(
+            problem, step, exact=True, method="stream", backend="auto", training=False
+        )
+        index, value = indices[:, 0], values[:, 0]
+        none = (taken == 0) | (banned == indices).any(1)
+        score = value.abs() if options.select == "abs" else value
+        return torch.where(none, -math.inf, score), index
+
+    def subtract(self, index, value):
+        """Nothing to keep: the residual says it all."""
 
 
 def differentiate(

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from mpsae import decode
+from mpsae.backends import KernelCorrelations
 from mpsae.fits import Fit, GradientStep, LeastSquares, NonNegative, apply, gradient_step, solved
 from mpsae.gram import TiledCorrelations, gram_matrix, gram_name
 from mpsae.gram_cache import cache
 from mpsae.plan import MEMORY_SHARE, choose_backend, free_bytes, kernels
-from mpsae.reference import PursuitOptions, pursue
+from mpsae.reference import Correlations, PursuitOptions, pursue
 
 _GATHERED = 2**24  # numbers of atoms gathered at a time in the backward pass
 
@@ -70,7 +71,9 @@ def refit_pursuit(
             rule = GradientStep(x, dictionary, nonnegative)
         else:
             rule = (NonNegative if nonnegative else LeastSquares)(x, dictionary)
-        source = TiledCorrelations(dictionary, None)
+        source: Correlations = TiledCorrelations(dictionary, None)
+        if choose_backend(x.device, x.dtype, "stream", backend) != "torch":  # type: ignore[arg-type]
+            source = KernelCorrelations(dictionary)
         found = pursue(x, dictionary, None, None, options, source, k_rows=k_rows, fit=rule)
     return found.indices, found.values, found.steps
 
@@ -81,14 +84,13 @@ def _gram(x: Tensor, dictionary: Tensor, k: int, backend: str) -> Optional[Tenso
         return None
     kept, name, n = cache.entry(dictionary, None), gram_name("torch", x.dtype), len(dictionary)
     if name not in kept.items:
-        kept.steps += len(x) * k
         room = MEMORY_SHARE * free_bytes(x.device)
         if 4 * n * n > room and backend == "cpu":
             raise ValueError(
                 f"backend='cpu' needs {4 * n * n / 2**30:.2f} GiB for the Gram matrix of {n} "
                 f"atoms, more than {MEMORY_SHARE:.0%} of the free memory ({room / 2**30:.2f} GiB)"
             )
-        if backend != "cpu" and (kept.steps < n or 4 * n * n > room):
+        if backend != "cpu" and (kept.steps + len(x) * k < n or 4 * n * n > room):
             return None
     return kept.get(name, lambda: gram_matrix(dictionary))
 
