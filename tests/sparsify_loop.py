@@ -78,10 +78,10 @@ def config(**settings):
     return mp.MatchingPursuitConfig(**{"num_latents": N, "k": K, **settings})
 
 
-def pair(dtype=torch.float64, seed=0, **settings):
+def pair(dtype=torch.float64, seed=0, d_in=D, **settings):
     """This coder and the loop with the same weights, no two of which are alike."""
     torch.manual_seed(seed)
-    ours = mp.SparseCoder(D, config(**settings), dtype=dtype)
+    ours = mp.SparseCoder(d_in, config(**settings), dtype=dtype)
     with torch.no_grad():
         ours.W_dec.add_(torch.randn_like(ours.W_dec), alpha=0.1)
         ours.b_dec.normal_(std=0.3)
@@ -91,7 +91,7 @@ def pair(dtype=torch.float64, seed=0, **settings):
             ours.W_dec_2.copy_(torch.nn.functional.normalize(torch.randn_like(ours.W_dec_2)))
         if ours.W_skip is not None:
             ours.W_skip.normal_(std=0.1)
-    theirs = Loop(D, config(**settings), dtype=dtype)
+    theirs = Loop(d_in, config(**settings), dtype=dtype)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 

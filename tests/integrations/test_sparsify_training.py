@@ -96,7 +96,7 @@ def test_the_hosts_trainer_reaches_the_same_weights(
     for name in ("ours", "loop"):
         if name == "loop":
             monkeypatch.setitem(mp._classes(), "SparseCoder", Loop)
-        run = trainer(tmp_path / name, config(**settings), optimizer=optimizer, grad_acc_steps=2)
+        run = trainer(tmp_path / name, config(**settings), optimizer=optimizer)
         (sae,) = run.saes.values()
         assert type(sae) is mp.SparseCoder
         if name == "ours":
