@@ -3,11 +3,13 @@
 from mpsae.activations.buffer import ActivationStream, BufferConfig
 from mpsae.activations.model import (
     embedded_model_path,
+    empty_model,
     is_causal,
     load_language_model,
     record,
     replace,
     resolve_hookpoint,
+    widths,
 )
 from mpsae.activations.stdlib_text import stdlib_documents, stdlib_split
 from mpsae.activations.text import Sequences, TextConfig, load_documents, sequences
@@ -18,6 +20,7 @@ __all__ = [
     "Sequences",
     "TextConfig",
     "embedded_model_path",
+    "empty_model",
     "is_causal",
     "load_documents",
     "load_language_model",
@@ -27,4 +30,5 @@ __all__ = [
     "sequences",
     "stdlib_documents",
     "stdlib_split",
+    "widths",
 ]

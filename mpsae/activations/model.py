@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 EMBEDDED = "stdlib_lm"
 
@@ -43,20 +44,45 @@ def load_language_model(
 
     path = embedded_model_path() if name == EMBEDDED else name
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
-        kinds = getattr(config, "architectures", None) or []
-        causal = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
-        auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        auto, _ = _kind(path)
         version = int(transformers.__version__.split(".")[0])
         option = {"dtype" if version >= 5 else "torch_dtype": dtype}
         model: Any = auto.from_pretrained(path, **option)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except Exception as error:
-        raise OSError(
-            f"cannot load the model {str(name)!r} ({type(error).__name__}: {error}); pass a hub id "
-            f"that this machine can reach, a local folder of transformers, or {EMBEDDED}"
-        ) from error
+        raise _unreadable(name, error) from error
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def empty_model(name: str | Path = EMBEDDED) -> Any:
+    """Make a transformers model without its weights, on the meta device: shapes alone.
+
+    Raises:
+        OSError: its configuration cannot be reached or read.
+    """
+    try:
+        auto, config = _kind(embedded_model_path() if name == EMBEDDED else name)
+        with torch.device("meta"):
+            return auto.from_config(config).eval().requires_grad_(False)
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+def _kind(path: str | Path) -> tuple[Any, Any]:
+    """Read a model's configuration, and say which class of transformers loads it."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path)
+    kinds = getattr(config, "architectures", None) or []
+    causal = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
+    return transformers.AutoModelForCausalLM if causal else transformers.AutoModel, config
+
+
+def _unreadable(name: str | Path, error: Exception) -> OSError:
+    return OSError(
+        f"cannot load the model {str(name)!r} ({type(error).__name__}: {error}); pass a hub id "
+        f"that this machine can reach, a local folder of transformers, or {EMBEDDED}"
+    )
 
 
 def is_causal(model: Any) -> bool:
@@ -109,6 +135,23 @@ def _hookpoints(root: nn.Module) -> str:
             inside = ", ".join(f"{name}.N.{child}" for child, _ in module[0].named_children())
             return f"{name}.0 to {name}.{len(module) - 1} (also {inside})"
     return ", ".join(name for name, _ in root.named_children())
+
+
+def widths(model: Any, hookpoints: Sequence[str]) -> dict[str, int]:
+    """Find how many features each hookpoint passes on; the model may be on the meta device."""
+    probe = torch.zeros(1, 2, dtype=torch.int64)
+    with _AnswerMeta():
+        found = record(model, hookpoints, probe, torch.ones_like(probe))
+    return {name: rows.shape[-1] for name, rows in found.items()}
+
+
+class _AnswerMeta(TorchFunctionMode):
+    """Say True where a model looks at a tensor without numbers, as for the mask of a whole text."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (Tensor.item, Tensor.__bool__) and args[0].is_meta:
+            return True
+        return func(*args, **(kwargs or {}))
 
 
 class _AllRecorded(Exception):

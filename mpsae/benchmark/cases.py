@@ -28,7 +28,7 @@ from mpsae.benchmark.checks import (
 )
 from mpsae.benchmark.work import Work
 from mpsae.decode import decode_in_torch
-from mpsae.plan import Plan, choose_backend, kernels, plan
+from mpsae.plan import Plan, choose_backend, plan
 from mpsae.pursuit import matching_pursuit
 from mpsae.sae import MatchingPursuitConfig, MatchingPursuitSAE, TopKConfig, TopKSAE
 from mpsae.sae.base import SparseAutoencoder
@@ -114,13 +114,6 @@ def _planned(problem: Problem, training: bool) -> Plan:
     return records[-1].plan
 
 
-def _work_of(chosen: Plan, problem: Problem) -> Work:
-    """Work of a plan; the certified kernels make their first product in 16 bits where they can."""
-    backend = chosen.backend
-    low = backend == "triton" or (backend == "cpu" and kernels("cpu").instruction_set()[1])
-    return Work(chosen.flops, chosen.bytes, torch.bfloat16 if low else problem.x.dtype)
-
-
 def _naive(problem: Problem) -> Tensor:
     options = reference.PursuitOptions(k=problem.k)
     return reference.matching_pursuit(problem.x, problem.dictionary, None, None, options).residual
@@ -128,7 +121,7 @@ def _naive(problem: Problem) -> Tensor:
 
 def _encode(problem: Problem) -> dict[str, Contender]:
     """Encode with weights that were seen before: a Gram matrix is kept where it fits."""
-    ours = _work_of(_planned(problem, training=False), problem)
+    ours = work.planned(_planned(problem, training=False), problem.x.dtype)
     return {
         "mpsae": _frozen(lambda: matching_pursuit(*problem), ours),
         "mpsae, fast": _frozen(lambda: matching_pursuit(*problem, precision="fast"), ours),
@@ -158,7 +151,7 @@ def _encode_anew(problem: Problem) -> dict[str, Contender]:
     """Encode with weights that were not seen before, as in training."""
     x, dictionary, k = problem
     leaf = dictionary.detach().requires_grad_()  # weights in training: nothing is kept
-    ours = _work_of(_planned(problem, training=True), problem)
+    ours = work.planned(_planned(problem, training=True), problem.x.dtype)
     return {"mpsae": Contender(lambda: matching_pursuit(x, leaf, k), ours)} | _yardsticks(problem)
 
 
@@ -179,7 +172,7 @@ def _training_step(problem: Problem) -> dict[str, Contender]:
         _naive(Problem(x.float(), weights, k)).square().sum().backward()
         return optimizer.step()
 
-    forward = _work_of(_planned(problem, training=True), problem)
+    forward = work.planned(_planned(problem, training=True), problem.x.dtype)
     backward = work.pursuit_backward(B, d, n, k)
     decoded = work.decode(B, d, n, k) + work.decode_backward(B, d, n, k)
     through_encoder = work.decode_backward(B, d, n, k)

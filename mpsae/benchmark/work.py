@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from mpsae.benchmark.machine import Rates
+from mpsae.plan import Plan, kernels
 
 _CACHE = 2**25  # bytes of a dictionary that stays in cache while rows come back to its atoms
 
@@ -33,6 +34,13 @@ class Work(NamedTuple):
         if self.dtype in rates.flops:
             rate = rates.flops[self.dtype]
         return max(self.flops / rate, self.bytes / rates.copy)
+
+
+def planned(chosen: Plan, dtype: torch.dtype) -> Work:
+    """Count a plan; the certified kernels make their first product in 16 bits where they can."""
+    backend = chosen.backend
+    low = backend == "triton" or (backend == "cpu" and kernels("cpu").instruction_set()[1])
+    return Work(chosen.flops, chosen.bytes, torch.bfloat16 if low else dtype)
 
 
 def product_and_topk(B: int, d: int, n: int, itemsize: int = 4) -> Work:

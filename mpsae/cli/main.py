@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from simple_parsing import ArgumentParser
@@ -32,22 +34,34 @@ def _commands() -> dict[str, tuple[type, Callable[[Any], object]]]:
     }
 
 
+def _settings(arguments: Sequence[str]) -> Any:
+    """Read the file of settings that `mpsae train` starts from, if one is named."""
+    from mpsae.cli.train import TrainConfig
+
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    path = finder.parse_known_args(arguments)[0].config
+    return None if path is None else TrainConfig.from_json(path)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0, 2 for bad input, 130 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     parser = ArgumentParser(
         prog="mpsae", description="Matching-pursuit sparse autoencoders: train and judge them."
     )
     parser.add_argument("--version", action="version", version=f"mpsae {__version__}")
     commands = _commands()
     subparsers = parser.add_subparsers(dest="command", required=True)
-    for name, (config, _) in commands.items():
-        text = (config.__doc__ or "").strip().splitlines()[0]
-        subparser = subparsers.add_parser(name, help=text, description=text, usage=_USAGE[name])
-        subparser.add_arguments(config, dest="config")
     # one line per retry of every request says less than the error at the end
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        parsed = parser.parse_args(arguments)
+        defaults = {"train": _settings(given)} if given[:1] == ["train"] else {}
+        for name, (config, _) in commands.items():
+            text = (config.__doc__ or "").strip().splitlines()[0]
+            subparser = subparsers.add_parser(name, help=text, description=text, usage=_USAGE[name])
+            subparser.add_arguments(config, dest="config", default=defaults.get(name))
+        parsed = parser.parse_args(given)
         commands[parsed.command][1](parsed.config)
     except (ValueError, OSError) as error:
         # messages of the packages underneath have several lines

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from mpsae.training import TrainConfig, train
+from mpsae.training import TrainConfig, pick_device, train
+from mpsae.training.forecast import forecast, table
 
 
 def run(config: TrainConfig) -> None:
-    """Train, and say where the result lies."""
+    """Train, and say where the result lies; or only say what it would take."""
+    if config.dry_run:
+        print(table(forecast(config, pick_device(config.device))))
+        return
     for job in train(config):
         print(f"{config.out / job.name}")
     print(f"judge it with: mpsae eval {config.out}")

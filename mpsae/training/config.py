@@ -18,7 +18,7 @@ Logger = Literal["wandb", "trackio", "tensorboard"]
 # what may change when a run is resumed
 _FREE = {
     "max_tokens", "accumulate", "device", "autocast", "out", "resume", "checkpoint_every",
-    "log_every", "logger",
+    "log_every", "logger", "dry_run", "config",
 }  # fmt: skip
 
 
@@ -68,6 +68,10 @@ class TrainConfig:
     """The run's folder: config.json, metrics.jsonl, checkpoints and the finished SAEs."""
     resume: bool = False
     """Go on from the newest checkpoint in the run's folder."""
+    dry_run: bool = False
+    """Say what memory and time the run takes at least, and stop before it starts."""
+    config: Path | None = None
+    """JSON file of settings, such as a run's config.json; those on the command line win."""
     checkpoint_every: int = 1000
     """Steps between checkpoints, of which the last two are kept."""
     log_every: int = 10
@@ -120,6 +124,32 @@ class TrainConfig:
         self.buffer.buffer_tokens = max(self.buffer.buffer_tokens, 2 * self.batch_tokens)
         for name in self.architecture:
             self.sae_config(name, d_in=max(self.k, 1))
+
+    @classmethod
+    def from_json(cls, path: Path) -> TrainConfig:
+        """Read settings from a JSON file; those that it does not have keep their defaults.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is no object, or has settings that are unknown.
+        """
+        try:
+            written = json.loads(path.read_text())
+        except ValueError as error:
+            raise OSError(f"{path} is cut short or damaged ({error})") from error
+        if not isinstance(written, dict):
+            raise ValueError(f"{path} must hold an object of settings, not {written!r}")
+        parts = {"text": TextConfig, "buffer": BufferConfig}
+        known = {"": cls} | parts
+        for name, kind in known.items():
+            given = written.get(name, {}) if name else written
+            unknown = set(given) - {f.name for f in fields(kind)}
+            if unknown:
+                raise ValueError(f"{path} has unknown settings: {', '.join(sorted(unknown))}")
+        for name, kind in parts.items():
+            if name in written:
+                written[name] = kind(**written[name])
+        return cls(**written)
 
     def sae_config(self, architecture: str, d_in: int) -> SAEConfig:
         """Make the config of one SAE.
