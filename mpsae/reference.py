@@ -157,8 +157,9 @@ def pursue(
             window = None if slices is None else slices[t]
             score, index = correlations.best(residual, options, window, banned)
             active = active & (score > options.threshold)  # false for NaN
-            chosen = indices[:, :t].clone()  # what autograd keeps must not change
+            chosen = indices[:, :t]
             if fit is not None:
+                chosen = chosen.clone()  # what autograd keeps must not change
                 active = active & fit.admits(chosen, index)
             index = torch.where(active, index, 0)
             repeated = (chosen == index[:, None]).any(1) & (t > 0)
