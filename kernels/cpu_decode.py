@@ -48,7 +48,7 @@ def sparse_decode(
     """
     atoms, _ = weights(dictionary, None)
     n, d = atoms.shape
-    indices = _indices(indices, n)
+    indices = checked_indices(indices, n)
     values = dense("values", values, tuple(indices.shape), torch.float32)
     return _sum("decode", indices, values, None, atoms, (len(indices), d), n, n_threads, isa)
 
@@ -77,7 +77,7 @@ def sparse_dot(
     """
     atoms, _ = weights(dictionary, None)
     n, d = atoms.shape
-    indices = _indices(indices, n)
+    indices = checked_indices(indices, n)
     x = dense("x", x, (len(indices), d), torch.float32)
     return _sum("decode_dots", indices, None, x, atoms, tuple(indices.shape), n, n_threads, isa)
 
@@ -110,7 +110,7 @@ def sparse_scatter(
         12 bytes of extra memory for each value that is not 0, 8 for each atom. The result is
         written once; x should fit in a cache.
     """
-    indices = _indices(indices, n)
+    indices = checked_indices(indices, n)
     values = dense("values", values, tuple(indices.shape), torch.float32)
     if x.ndim != 2:
         raise ValueError(f"x is {list(x.shape)}, expected [{len(indices)}, d]")
@@ -119,7 +119,8 @@ def sparse_scatter(
     return _sum("decode_scatter", indices, values, x, None, shape, n, n_threads, isa)
 
 
-def _indices(indices: Tensor, n: int) -> Tensor:
+def checked_indices(indices: Tensor, n: int) -> Tensor:
+    """Return ``[B, k]`` indices that the extension can read, each an atom of the dictionary."""
     if indices.ndim != 2:
         raise ValueError(f"indices is {list(indices.shape)}, expected [B, k]")
     indices = dense("indices", indices, tuple(indices.shape), torch.int64)

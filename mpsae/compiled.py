@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpsae import decode, largest
+from mpsae import coselection, decode, largest
 from mpsae.plan import Backend, choose_backend, kernels
 
 _DEVICES = ("cpu", "cuda")
@@ -58,3 +58,14 @@ def _(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if rows.dtype != torch.float32 or _backend(rows) != "cpu":
         return largest.largest_in_torch(rows, k)
     return kernels("cpu").largest(rows, k)
+
+
+@coselection.coselection_sum.register_kernel("cpu")
+def _(
+    indices: Tensor, live: Tensor, dictionary: Tensor, want_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    if _backend(dictionary) != "cpu":
+        return coselection.in_torch(indices, live, dictionary, want_gradient)
+    kernel = kernels("cpu_coselection")
+    total, gradient = kernel.coselection(indices, live, dictionary, want_gradient)
+    return total, dictionary.new_zeros(0) if gradient is None else gradient

@@ -15,10 +15,17 @@ _GATHERED = 2**24  # numbers of atoms gathered at a time
 
 
 @torch.library.custom_op("mpsae::coselection", mutates_args=())
-def _coselection(
+def coselection_sum(
     indices: Tensor, live: Tensor, dictionary: Tensor, want_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Sum the penalty over rows; ``[]`` fp64, and its gradient ``[n, d]`` or ``[0]``."""
+    return in_torch(indices, live, dictionary, want_gradient)
+
+
+def in_torch(
+    indices: Tensor, live: Tensor, dictionary: Tensor, want_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Sum as the operator does, in plain torch on any device."""
     B, k = indices.shape
     n, d = dictionary.shape
     total = torch.zeros((), dtype=torch.float64, device=indices.device)
@@ -39,7 +46,7 @@ def _coselection(
     return total, gradient
 
 
-@_coselection.register_fake
+@coselection_sum.register_fake
 def _(indices, live, dictionary, want_gradient):
     total = torch.zeros((), dtype=torch.float64, device=indices.device)
     return total, dictionary.new_empty(dictionary.shape if want_gradient else 0)
@@ -55,7 +62,7 @@ def _backward(ctx, grad_total, _):
     return None, None, gradient * grad_total.to(gradient.dtype), None
 
 
-_coselection.register_autograd(_backward, setup_context=_setup_context)
+coselection_sum.register_autograd(_backward, setup_context=_setup_context)
 
 
 def coselection(indices: Tensor, values: Tensor, dictionary: Tensor) -> Tensor:
@@ -87,5 +94,5 @@ def coselection(indices: Tensor, values: Tensor, dictionary: Tensor) -> Tensor:
     want = torch.is_grad_enabled() and dictionary.requires_grad
     with torch.autocast(dictionary.device.type, enabled=False):
         wide = dictionary if dictionary.dtype == torch.float64 else dictionary.float()
-        total, _ = _coselection(rows, live, wide, want)
+        total, _ = coselection_sum(rows, live, wide, want)
     return (total / max(1, len(rows))).to(wide.dtype)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mpsae import BatchMatchingPursuitConfig, BatchMatchingPursuitSAE
-from mpsae.coselection import coselection
+from mpsae.coselection import coselection, in_torch
+from mpsae.kernels import cpu_coselection, cpu_extension
 
 
 def problem(B=9, k=5, n=20, d=6, dtype=torch.float64):
@@ -41,6 +42,29 @@ def test_value_and_gradient_are_the_sum_over_pairs(monkeypatch, gathered, dtype,
     assert (ours - expected).abs() <= close * expected.abs()
     (grad,), (wanted,) = (torch.autograd.grad(3 * t, dictionary) for t in (ours, expected))
     assert (grad - wanted).norm() <= close * wanted.norm()
+
+
+@pytest.mark.skipif(not cpu_extension.available(), reason=cpu_extension.unavailable_reason())
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+def test_the_compiled_kernel_is_the_operator_in_torch(isa, monkeypatch):
+    try:
+        cpu_extension.instruction_set(isa)
+    except ValueError as error:
+        pytest.skip(str(error))
+    indices, values, dictionary = problem(B=70, k=9, n=50, d=37, dtype=torch.float32)
+    live, dictionary = values != 0, dictionary.detach()
+    total, gradient = in_torch(indices, live, dictionary.double(), True)
+    results = [
+        cpu_coselection.coselection(indices, live, dictionary, True, n_threads=threads, isa=isa)
+        for threads in (1, 3)
+    ]
+    for found in results:
+        assert (found[0] - total).abs() <= 1e-6 * total
+        assert (found[1] - gradient).norm() <= 1e-6 * gradient.norm()
+    assert torch.equal(results[0][1], results[1][1])
+    assert cpu_coselection.coselection(indices, live, dictionary, False, isa=isa)[1] is None
+    with pytest.raises(ValueError, match="indices goes from 0 to 50, the range is 0 to 49"):
+        cpu_coselection.coselection(indices * 0 + 50 * live, live, dictionary, True)
 
 
 def test_leading_dimensions_and_nothing_chosen():

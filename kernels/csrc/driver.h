@@ -150,6 +150,10 @@ void decode_scatter(const Sparse& q, float* sums, int64_t threads, const Functio
 // not NaN
 bool largest(const float* rows, int64_t B, int64_t n, int64_t k, int64_t* indices, float* values,
              int64_t threads, const Functions& f);
+// of the atoms that a row has chosen (values 1, or 0 for places to leave out): sum [B] of their
+// squared positive products, and the gradient [n, d] of its total, added to, if not null
+void coselection(const Sparse& q, double* sum, float* gradient, int64_t threads,
+                 const Functions& f);
 // orthogonal matching pursuit of every row, its correlations with all atoms at hand
 void orthogonal(const Orthogonal& q, int64_t threads, const Functions& f);
 

@@ -275,6 +275,21 @@ PyObject* sparse(PyObject*, PyObject* args) {
   return none_if(unlocked([&] { Sum(q, at<float>(out), threads, *f); }));
 }
 
+PyObject* penalise(PyObject*, PyObject* args) {
+  Address indices, live, dictionary, sum, gradient;
+  long long B, d, n, k, threads;
+  const char* isa;
+  if (!PyArg_ParseTuple(args, "KKKLLLLKKLs", &indices, &live, &dictionary, &B, &d, &n, &k, &sum,
+                        &gradient, &threads, &isa))
+    return nullptr;
+  const Functions* f = functions_named(isa);
+  if (!f) return nullptr;
+  const Sparse q = {at<const int64_t>(indices), at<const float>(live), nullptr,
+                    at<const float>(dictionary), B, d, n, k};
+  return none_if(
+      unlocked([&] { coselection(q, at<double>(sum), at<float>(gradient), threads, *f); }));
+}
+
 PyObject* find_largest(PyObject*, PyObject* args) {
   Address rows, indices, values;
   long long B, n, k, threads;
@@ -347,6 +362,7 @@ PyMethodDef methods[] = {
     {"decode", sparse<decode>, METH_VARARGS, "chosen atoms added up"},
     {"decode_dots", sparse<decode_dots>, METH_VARARGS, "products with the chosen atoms"},
     {"decode_scatter", sparse<decode_scatter>, METH_VARARGS, "rows added up by chosen atom"},
+    {"coselection", penalise, METH_VARARGS, "positive products of atoms chosen together"},
     {"largest", find_largest, METH_VARARGS, "k largest of each row; false where NaN is in the way"},
     {"orthogonal", pursue_orthogonal, METH_VARARGS, "orthogonal pursuit with the whole Gram"},
     {"large_pages", advise, METH_VARARGS, "advise large pages"},
