@@ -39,7 +39,8 @@ class MatchingPursuitConfig(SAEConfig):
     detach_residual: bool = False
     """No gradient flows from a step to the steps before it."""
     coselection_coefficient: float = 0.0
-    """Weight of the co-selection penalty, see :func:`mpsae.coselection.coselection`."""
+    """Weight of the co-selection penalty, 2 / k times :func:`mpsae.coselection.coselection`: how
+    much a latent overlaps with the others of its row. 1 suits k from 6 to 32, 0 is none."""
     precision: Precision = "exact"
     """exact or fast selection."""
     method: Method = "auto"
@@ -162,7 +163,9 @@ class MatchingPursuitSAE(SparseAutoencoder):
         weight = self.config.coselection_coefficient
         if weight == 0:
             return {}
-        return {"coselection": weight * coselection(code.indices, code.values, self.dictionary)}
+        # of k latents each meets k - 1 others, but the share of the variance it explains is 1 / k
+        overlap = 2 / self.config.k * coselection(code.indices, code.values, self.dictionary)
+        return {"coselection": weight * overlap}
 
     def _encoder_of_dead(self, x, residual):
         # a pursuit's next step is on the residual, so dead latents are asked about it
