@@ -32,6 +32,7 @@ from mpsae.sae.matryoshka import MatryoshkaConfig
 N, K = 256, 6
 BATCH = 1024
 SELECTION_SEED = 1000
+RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
 REFIT = " + NNLS"
 SHOWN = {"explained_variance": "expl. var.", "mcc": "MCC", "f1": "F1", "absorption": "absorption",
          "l0": "L0"}  # fmt: skip
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1500, help=f"batches of {BATCH} rows")
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--rows", type=int, default=100_000, help="to draw batches from")
     parser.add_argument("--judged", type=int, default=20_000, help="rows to measure on")
     parser.add_argument("--threads", type=int, default=1)

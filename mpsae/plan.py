@@ -207,7 +207,7 @@ def choose_backend(
         if name == "torch":
             return ""
         if blocks and method != "reference":
-            return "it knows no blocks"
+            return "it knows no blocks of atoms"
         return (_without_triton if name == "triton" else _without_cpu)(device, dtype, method)
 
     if backend != "auto":

@@ -85,9 +85,11 @@ def test_k_and_residual_threshold_of_a_call():
     assert (code.steps < free.steps).any()
 
 
-def test_rows_without_any_positive_correlation_leave_the_threshold_unset():
-    sae = make().eval()
-    sae.calibrate(torch.zeros(5, 12))
+@pytest.mark.parametrize("rows", [0, 5])
+@pytest.mark.parametrize("settings", [{}, {"blocks": (0.25, 0.5, 1.0)}], ids=str)
+def test_rows_without_any_positive_correlation_leave_the_threshold_unset(settings, rows):
+    sae = make(**settings).eval()
+    sae.calibrate(torch.zeros(rows, 12))
     assert sae.threshold == -1
 
 
@@ -135,12 +137,6 @@ def test_blocks_are_trained_and_saved(tmp_path):
     read = SparseAutoencoder.from_pretrained(sae.save_pretrained(tmp_path))
     assert read.config.blocks == (0.25, 0.5, 1.0)
     assert torch.equal(read.encode(data()).values, sae.eval().encode(data()).values)
-
-
-def test_rows_of_zeros_leave_the_threshold_unset_with_blocks():
-    sae = make(**BLOCKS).eval()
-    sae.calibrate(torch.zeros(5, 12))
-    assert sae.threshold == -1
 
 
 @pytest.mark.parametrize(

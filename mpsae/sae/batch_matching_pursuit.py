@@ -137,9 +137,10 @@ class BatchMatchingPursuitSAE(MatchingPursuitSAE):
 
     def _search_threshold(self, x: Tensor) -> None:
         """Calibrate by bisection: with blocks, which scores come up depends on the threshold."""
-        low, high = 0.0, self._pursue(x, 1, 0.0).values.abs().amax().item()
-        if high == 0:
+        first = self._pursue(x, 1, 0.0).values.abs()
+        if not first.any():  # no rows, or none with a positive correlation
             return
+        low, high = 0.0, first.max().item()
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             code = self._pursue(x, self.max_steps, middle, blocks=self.sizes)

@@ -163,7 +163,7 @@ class MatchingPursuitSAE(SparseAutoencoder):
         weight = self.config.coselection_coefficient
         if weight == 0:
             return {}
-        # of k latents each meets k - 1 others, but the share of the variance it explains is 1 / k
+        # the pairs grow with k^2, but what a latent explains, a share of the variance, falls with k
         overlap = 2 / self.config.k * coselection(code.indices, code.values, self.dictionary)
         return {"coselection": weight * overlap}
 
