@@ -96,7 +96,7 @@ def run(
     kept = Kept() if training else cache.entry(dictionary, problem.encoder)
     if problem.gram is not None:  # a plain matrix is read by torch
         backend = "torch"
-    backend = choose_backend(x.device, x.dtype, method, backend)
+    backend = choose_backend(x.device, x.dtype, method, backend, bool(options.blocks))
     cached = problem.gram is not None or gram_name(backend, x.dtype) in kept.items
     chosen = plan(
         B, d, n, k, device=x.device, dtype=x.dtype, training=training, gram_cached=cached,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -104,6 +105,17 @@ def slices(
                     f"slices[{t}] is ({first}, {stop}), not a range of atoms within 0 to {n}"
                 )
     return table.to(device=device, dtype=torch.int64)
+
+
+def blocks(ends: Sequence[int] | None, n: int) -> tuple[int, ...]:
+    """Check the ends (last atom + 1) of consecutive blocks that are all atoms; none gives ()."""
+    if ends is None:
+        return ()
+    found = tuple(ends)
+    whole = all(isinstance(end, int) and not isinstance(end, bool) for end in found)
+    if not whole or found[-1:] != (n,) or any(a >= b for a, b in pairwise((0, *found))):
+        raise ValueError(f"blocks must rise from at least 1 to the {n} atoms, not {list(found)}")
+    return found
 
 
 def thresholds(residual: float, correlation: float | None) -> None:

@@ -112,6 +112,22 @@ class GradientStep(Fit):
         return gradient_step(self.gram, self.target, values, self.nonnegative)
 
 
+def nonnegative_values(x: Tensor, atoms: Tensor, used: Tensor) -> Tensor:
+    """Fit rows by atoms of their own, by values that are not negative.
+
+    Args:
+        x, atoms: ``[B, d]`` and ``[B, k, d]``.
+        used: ``[B, k]`` bool; the other places have the value 0.
+
+    Returns:
+        argmin_v ||x_b - sum_t v_t atoms_bt||^2 over v >= 0, ``[B, k]`` fp64.
+    """
+    seen = torch.where(used[:, :, None], atoms, 0).double()
+    gram = seen @ seen.mT + torch.diag_embed((~used).double())
+    target = apply(seen, x.double())
+    return solved(gram, target, active_set(gram, target, torch.zeros_like(target)))
+
+
 def gradient_step(gram: Tensor, target: Tensor, values: Tensor, nonnegative: bool) -> Tensor:
     """Move values ``[B, t]`` along the gradient; one that is zero moves nothing."""
     gradient = target - apply(gram, values)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from mpsae.reference import PursuitOptions, best_atom
+from mpsae.reference import PursuitOptions, best_atom, best_in_blocks, best_in_matrix
 
 _TILE = 8192  # columns correlated at a time by TiledCorrelations
 
@@ -58,7 +58,7 @@ class GramCorrelations:
 
     def best(self, residual, options: PursuitOptions, window, banned):
         """See :class:`mpsae.reference.Correlations`."""
-        return best_atom(self.correlation, options.select, window, banned)
+        return best_in_matrix(self.correlation, options, window, banned)
 
     def subtract(self, index: Tensor, value: Tensor) -> None:
         """Subtract ``value[b] * gram[index[b]]`` from row b."""
@@ -73,17 +73,22 @@ class TiledCorrelations:
 
     def best(self, residual, options: PursuitOptions, window, banned):
         """See :class:`mpsae.reference.Correlations`."""
-        score = residual.new_full((residual.shape[0],), -math.inf)
-        index = torch.zeros_like(score, dtype=torch.int64)
-        for first in range(0, self.encoder.shape[0], _TILE):
-            correlation = residual @ self.encoder[first : first + _TILE].T
-            if self.bias is not None:
-                correlation += self.bias[first : first + _TILE]
-            top, atom = best_atom(correlation, options.select, window, banned, first)
-            better = top > score  # strict: the lower tile wins ties
-            score = torch.where(better, top, score)
-            index = torch.where(better, atom, index)
-        return score, index
+
+        def best(first: int, stop: int) -> tuple[Tensor, Tensor]:
+            score = residual.new_full((residual.shape[0],), -math.inf)
+            index = torch.zeros_like(score, dtype=torch.int64)
+            for start in range(first, stop, _TILE):
+                tile = slice(start, min(start + _TILE, stop))
+                correlation = residual @ self.encoder[tile].T
+                if self.bias is not None:
+                    correlation += self.bias[tile]
+                top, atom = best_atom(correlation, options.select, window, banned, start)
+                better = top > score  # strict: the lower tile wins ties
+                score = torch.where(better, top, score)
+                index = torch.where(better, atom, index)
+            return score, index
+
+        return best_in_blocks(best, self.encoder.shape[0], options)
 
     def subtract(self, index, value):
         """Nothing to keep: the residual says it all."""

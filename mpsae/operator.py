@@ -5,6 +5,7 @@ the residual on the way, so that only indices, values and the last residual are 
 """
 
 # No postponed annotations: torch.library reads them to make the operator's schema.
+from collections.abc import Sequence
 from typing import Optional
 
 import torch
@@ -32,6 +33,7 @@ def pursuit(
     allow_repeats: bool,
     select: str,
     detach_residual: bool,
+    blocks: Sequence[int],
     exact: bool,
     method: str,
     backend: str,
@@ -51,6 +53,7 @@ def pursuit(
         allow_repeats=allow_repeats,
         select=select,  # type: ignore[arg-type]
         detach_residual=detach_residual,
+        blocks=tuple(blocks),
     )
     problem = backends.Problem(x, dictionary, encoder, bias, gram, k_rows, slices)
     with torch.autocast(x.device.type, enabled=False):
@@ -118,7 +121,7 @@ def _(grad_values, grad_residual, indices, values, residual, steps, dictionary, 
 def _setup_context(ctx, inputs, output):
     x, dictionary, encoder, bias, *_ = inputs
     ctx.dtype = x.dtype
-    ctx.options = (inputs[12], inputs[13], inputs[16])  # select, detach_residual, backend
+    ctx.options = (inputs[12], inputs[13], inputs[17])  # select, detach_residual, backend
     values, residual, indices, steps = output
     ctx.mark_non_differentiable(indices, steps)
     ctx.save_for_backward(indices, values, residual, steps, dictionary, encoder, bias)
@@ -129,7 +132,7 @@ def _backward(ctx, grad_values, grad_residual, _grad_indices, _grad_steps):
     gradients = pursuit_backward(grad_values, grad_residual, *saved, *ctx.options)
     present = (True, True, *(t is not None for t in saved[-2:]))
     kept = [g if here else None for g, here in zip(gradients, present, strict=True)]
-    return (gradients[0].to(ctx.dtype), *kept[1:], *[None] * 14)
+    return (gradients[0].to(ctx.dtype), *kept[1:], *[None] * 15)
 
 
 pursuit.register_autograd(_backward, setup_context=_setup_context)

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from mpsae import checks, refit
+from mpsae.fits import nonnegative_values
 from mpsae.gram import accumulation_dtype
 from mpsae.plan import Backend
 from mpsae.reference import Select
 from mpsae.sparse import Pursuit, sparse_decode
+
+_GATHERED = 2**24  # numbers of atoms gathered at a time
 
 
 def orthogonal_matching_pursuit(
@@ -137,6 +140,63 @@ def gradient_pursuit(
         x, dictionary, k, "gradient step", nonnegative, select, True, residual_threshold,
         correlation_threshold, detach_values, backend, check_finite,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def nonnegative_refit(x: Tensor, dictionary: Tensor, pursuit: Pursuit) -> Pursuit:
+    r"""Give the atoms that a pursuit has chosen the values that explain ``x`` best.
+
+    v = argmin ||x - v D_S||^2 over v >= 0, S the distinct atoms of the row. For inference: in
+    training it does not help, and it has no gradient.
+
+    Args:
+        x: ``[..., d]``, what was pursued.
+        dictionary: ``[n, d]``.
+        pursuit: of these rows, its values not negative.
+
+    Returns:
+        Pursuit: indices and steps as they were, the new values (an atom chosen again has all of its
+        value at one place and 0 at the others) and the residual that they leave.
+
+    Raises:
+        ValueError: ``x`` and the pursuit have different rows.
+
+    Notes:
+        2 k^2 d FLOP a row; systems ``[k, k]`` in fp64, up to k of them. Looks at the device in
+        each round.
+
+    References:
+        Lawson & Hanson, 1974.
+
+    Example:
+        >>> from mpsae import matching_pursuit
+        >>> atoms, x = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([1.0, 1.0])
+        >>> p = nonnegative_refit(x, atoms, matching_pursuit(x, atoms, 2))
+        >>> p.indices.tolist(), [round(v, 3) for v in p.values.tolist()]
+        ([1, 0], [1.25, 0.25])
+    """
+    if x.shape != pursuit.residual.shape:
+        raise ValueError(
+            f"x is {list(x.shape)} but the pursuit is of {list(pursuit.residual.shape)}"
+        )
+    k, d = pursuit.indices.shape[-1], x.shape[-1]
+    indices, old = pursuit.indices.reshape(-1, k), pursuit.values.reshape(-1, k)
+    used = old != 0
+    wide = accumulation_dtype(x.dtype)
+    rows, atoms = x.reshape(-1, d).to(wide), dictionary.to(wide)
+    values = torch.zeros(old.shape, dtype=wide, device=x.device)
+    count = max(1, _GATHERED // max(1, k * d))
+    with torch.autocast(x.device.type, enabled=False):
+        for part in (slice(first, first + count) for first in range(0, len(rows), count)):
+            fitted = nonnegative_values(rows[part], atoms[indices[part]], used[part])
+            values[part] = fitted.to(wide)
+        residual = rows - sparse_decode(indices, values, atoms)
+    return Pursuit(
+        pursuit.indices,
+        values.to(old.dtype).reshape(pursuit.values.shape),
+        residual.to(x.dtype).reshape(x.shape),
+        pursuit.steps,
+    )
 
 
 def _refit(

@@ -189,21 +189,34 @@ def _costed(
 
 
 def choose_backend(
-    device: torch.device, dtype: torch.dtype, method: Method, backend: Backend
+    device: torch.device,
+    dtype: torch.dtype,
+    method: Method,
+    backend: Backend,
+    blocks: bool = False,
 ) -> Backend:
     """Take the backend asked for if it can be had, else the best one that can.
+
+    ``blocks``: blocks of atoms go before each other, which torch alone does.
 
     Raises:
         ValueError: the one asked for cannot be had, with the reason.
     """
-    reasons = {"triton": _without_triton, "cpu": _without_cpu}
+
+    def reason(name: Backend) -> str:
+        if name == "torch":
+            return ""
+        if blocks and method != "reference":
+            return "it knows no blocks of atoms"
+        return (_without_triton if name == "triton" else _without_cpu)(device, dtype, method)
+
     if backend != "auto":
-        missing = reasons[backend](device, dtype, method) if backend in reasons else ""
+        missing = reason(backend)
         if missing:
             raise ValueError(f"backend={backend!r} cannot be had: {missing}")
         return backend
     native: Backend = "triton" if device.type == "cuda" else "cpu"
-    missing = reasons[native](device, dtype, method)
+    missing = reason(native)
     if not missing:
         return native
     if method != "reference" and dtype != torch.float64 and device.type in ("cuda", "cpu"):

@@ -31,6 +31,7 @@ def matching_pursuit(
     allow_repeats: bool = True,
     select: Select = "relu",
     slices: Tensor | Sequence[tuple[int, int]] | None = None,
+    blocks: Sequence[int] | None = None,
     detach_residual: bool = False,
     precision: Precision = "exact",
     method: Method = "auto",
@@ -60,6 +61,9 @@ def matching_pursuit(
         select: ``"relu"`` best correlation, value clamped at 0; ``"max"`` best correlation, signed
             value; ``"abs"`` largest absolute correlation, signed value.
         slices: a pair (first atom, last atom + 1) for each step, the atoms allowed in it.
+        blocks: ends (last atom + 1) of consecutive blocks, the last of which is n: each step takes
+            its atom from the first block whose best score is above ``correlation_threshold``. In
+            torch only.
         detach_residual: no gradient flows from a step to the steps before it.
         precision: the compiled backends keep the Gram matrix in 16 bits. ``"exact"`` compares
             atoms by exact correlations wherever its error bound leaves a choice; ``"fast"`` does
@@ -129,6 +133,7 @@ def matching_pursuit(
         allow_repeats=allow_repeats,
         select=select,
         detach_residual=detach_residual,
+        blocks=checks.blocks(blocks, n),
     )
     rows = x.reshape(-1, d)
     if method == "reference":

@@ -7,6 +7,7 @@ bias b (zero where absent):
     for t = 0 .. k-1:
         c       = r_t . encoder^T + bias                 correlation, [n]
         j       = argmax over allowed atoms of score(c)  ties to the lowest index
+                  (with blocks: over the first block whose best score exceeds the threshold)
         stop    unless score(c_j) > correlation_threshold
         a       = value(c_j)
         r_{t+1} = r_t - a d_j
@@ -30,7 +31,9 @@ and nothing else. Run under autograd it gives the exact gradients, the selection
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import torch
@@ -53,6 +56,7 @@ class PursuitOptions:
     allow_repeats: bool = True
     select: Select = "relu"
     detach_residual: bool = False
+    blocks: tuple[int, ...] = ()
 
     @property
     def threshold(self) -> float:
@@ -97,6 +101,34 @@ def best_atom(
     return top.values, top.indices + first
 
 
+def best_in_blocks(
+    best: Callable[[int, int], tuple[Tensor, Tensor]], n: int, options: PursuitOptions
+) -> tuple[Tensor, Tensor]:
+    """Best score and its atom in the first block that has a score above the threshold.
+
+    ``best(first, stop)`` looks at a range of atoms; without blocks it is asked once for all. Where
+    no block has such a score, that of the last one is returned, at which the row stops.
+    """
+    edges = (0, *(options.blocks or (n,)))
+    score, index = best(*edges[:2])
+    for first, stop in pairwise(edges[1:]):
+        top, atom = best(first, stop)
+        onward = score <= options.threshold
+        score, index = torch.where(onward, top, score), torch.where(onward, atom, index)
+    return score, index
+
+
+def best_in_matrix(
+    correlation: Tensor, options: PursuitOptions, window: Tensor | None, banned: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`best_in_blocks` where the correlations of all atoms are at hand, ``[B, n]``."""
+
+    def best(first: int, stop: int) -> tuple[Tensor, Tensor]:
+        return best_atom(correlation[:, first:stop], options.select, window, banned, first)
+
+    return best_in_blocks(best, correlation.shape[1], options)
+
+
 class DenseCorrelations:
     """The definition itself: one product with every atom in every step."""
 
@@ -108,7 +140,7 @@ class DenseCorrelations:
         correlation = residual @ self.encoder.T
         if self.bias is not None:
             correlation = correlation + self.bias
-        return best_atom(correlation, options.select, window, banned)
+        return best_in_matrix(correlation, options, window, banned)
 
     def subtract(self, index, value):
         """Nothing to keep: the residual says it all."""

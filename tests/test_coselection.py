@@ -5,7 +5,12 @@ import itertools
 import pytest
 import torch
 
-from mpsae import BatchMatchingPursuitConfig, BatchMatchingPursuitSAE
+from mpsae import (
+    BatchMatchingPursuitConfig,
+    BatchMatchingPursuitSAE,
+    MatchingPursuitConfig,
+    MatchingPursuitSAE,
+)
 from mpsae.coselection import coselection, in_torch
 from mpsae.kernels import cpu_coselection, cpu_extension
 
@@ -105,6 +110,17 @@ def test_the_penalty_is_a_loss_of_training_and_drives_chosen_atoms_apart():
         return coselection(code.indices, code.values, sae.dictionary).item()
 
     assert overlap(10.0) < 0.5 * overlap(0.0)
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_the_loss_is_the_overlap_of_a_latent_with_the_others_of_its_row(k):
+    sae = MatchingPursuitSAE(
+        MatchingPursuitConfig(d_in=6, d_sae=24, k=k, coselection_coefficient=0.7)
+    )
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    output = sae(x)
+    by_pairs = sum_over_pairs(output.code.indices, output.code.values, sae.dictionary)
+    torch.testing.assert_close(output.losses["coselection"], 0.7 * by_pairs * 2 / k)
 
 
 def test_a_bad_coefficient_is_refused():

@@ -21,6 +21,7 @@ OPTIONS = {
     "stops": {"residual_threshold": 2.0, "correlation_threshold": 0.4, "stop_on_repeat": True},
     "no steps": {"k": 0},
     "detached": {"detach_residual": True, "encoder": True},
+    "blocks": {"blocks": (2, 5, 11), "correlation_threshold": 0.4},
     "steps, slices, gram": {"k_rows": True, "slices": True, "gram": True},
 }
 

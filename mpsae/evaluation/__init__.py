@@ -1,5 +1,15 @@
-"""Measures of a trained SAE on held-out text."""
+"""Measures of a trained SAE on held-out text, and on data whose features are known."""
 
 from mpsae.evaluation.reconstruction import Evaluation, evaluate
+from mpsae.evaluation.recovery import Recovery, evaluate_recovery, recovery
+from mpsae.evaluation.synthetic import Hierarchy, HierarchyConfig
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = [
+    "Evaluation",
+    "Hierarchy",
+    "HierarchyConfig",
+    "Recovery",
+    "evaluate",
+    "evaluate_recovery",
+    "recovery",
+]

@@ -11,6 +11,7 @@ from torch import Tensor
 from mpsae import checks
 from mpsae.coselection import coselection
 from mpsae.metrics import residual_fvu
+from mpsae.orthogonal import nonnegative_refit
 from mpsae.pursuit import Backend, Method, Precision, matching_pursuit
 from mpsae.reference import Select
 from mpsae.sae.base import SAEConfig, SparseAutoencoder
@@ -38,7 +39,8 @@ class MatchingPursuitConfig(SAEConfig):
     detach_residual: bool = False
     """No gradient flows from a step to the steps before it."""
     coselection_coefficient: float = 0.0
-    """Weight of the co-selection penalty, see :func:`mpsae.coselection.coselection`."""
+    """Weight of the co-selection penalty, 2 / k times :func:`mpsae.coselection.coselection`: how
+    much a latent overlaps with the others of its row. 1 suits k from 6 to 32, 0 is none."""
     precision: Precision = "exact"
     """exact or fast selection."""
     method: Method = "auto"
@@ -94,11 +96,26 @@ class MatchingPursuitSAE(SparseAutoencoder):
             self.b_enc = torch.nn.Parameter(torch.zeros(config.d_sae))
 
     def encode(
-        self, x: Tensor, k: int | Tensor | None = None, residual_threshold: float | None = None
+        self,
+        x: Tensor,
+        k: int | Tensor | None = None,
+        residual_threshold: float | None = None,
+        refit: bool = False,
     ) -> Pursuit:
-        """Pursue ``[..., d_in]``; ``k`` and ``residual_threshold`` replace the config's."""
+        """Pursue ``[..., d_in]``; ``k`` and ``residual_threshold`` replace the config's.
+
+        With ``refit`` the values of the chosen latents are those of the non-negative fit, without
+        a gradient, see :func:`mpsae.orthogonal.nonnegative_refit`.
+        """
         c = self.config
-        return self._pursue(x, c.k if k is None else k, c.correlation_threshold, residual_threshold)
+        steps = c.k if k is None else k
+        code = self._pursue(x, steps, c.correlation_threshold, residual_threshold)
+        return self._refitted(x, code) if refit else code
+
+    def _refitted(self, x: Tensor, code: Pursuit) -> Pursuit:
+        if self.config.select != "relu":
+            raise ValueError(f"refit=True gives no values below 0; select={self.config.select!r}")
+        return nonnegative_refit(self._subtract_b_dec(x), self.dictionary, code)
 
     def _pursue(
         self,
@@ -106,6 +123,7 @@ class MatchingPursuitSAE(SparseAutoencoder):
         k: int | Tensor,
         correlation_threshold: float | None,
         residual_threshold: float | None = None,
+        blocks: list[int] | None = None,
     ) -> Pursuit:
         self._check_input(x)
         c = self.config
@@ -122,6 +140,7 @@ class MatchingPursuitSAE(SparseAutoencoder):
             stop_on_repeat=c.stop_on_repeat,
             allow_repeats=c.allow_repeats,
             select=c.select,
+            blocks=blocks,
             detach_residual=c.detach_residual,
             precision=c.precision,
             method=c.method,
@@ -144,7 +163,9 @@ class MatchingPursuitSAE(SparseAutoencoder):
         weight = self.config.coselection_coefficient
         if weight == 0:
             return {}
-        return {"coselection": weight * coselection(code.indices, code.values, self.dictionary)}
+        # the pairs grow with k^2, but what a latent explains, a share of the variance, falls with k
+        overlap = 2 / self.config.k * coselection(code.indices, code.values, self.dictionary)
+        return {"coselection": weight * overlap}
 
     def _encoder_of_dead(self, x, residual):
         # a pursuit's next step is on the residual, so dead latents are asked about it
