@@ -54,6 +54,14 @@ def test_files_that_are_named_exist():
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M), target
 
 
+@pytest.mark.parametrize("kind", ["hosts", "orthogonal", "study"])
+def test_the_other_tables_are_those_of_their_results(kind):
+    names = re.findall(rf"\]\((bench/results/[a-z0-9-]+-{kind}\.json)\)", TEXT)
+    assert names, f"the README names no results of {kind}"
+    for line in layout(ROOT / names[0]):
+        assert line in TEXT.splitlines(), line
+
+
 def test_the_speed_table_is_that_of_the_results():
     (name,) = re.findall(r"\]\((bench/results/[a-z0-9-]+\.json)\)\):\n\n\| shape", TEXT)
     for line in markdown(json.loads((ROOT / name).read_text())):
