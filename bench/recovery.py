@@ -1,6 +1,6 @@
 """Train SAEs on hierarchical data of known features, and see which of them they recover.
 
-    python bench/recovery.py                         three seeds, about half an hour on one core
+    python bench/recovery.py                         three seeds, 20 minutes on one core
     python bench/recovery.py --seeds 1 --steps 50    to see that it runs
 
 All forms have d 96, n 256, k 6 and see the same batches; each has its learning rate from the same
