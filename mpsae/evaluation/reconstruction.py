@@ -98,7 +98,8 @@ def evaluate(
         used += int(l0(code.indices, code.values).sum())
         fired.index_fill_(0, code.indices[code.values != 0], True)
         mean += x.double().sum(0).cpu()
-        if isinstance(code, Pursuit):
+        # another pursuit fits its values anew, so those of its last step say nothing of the others
+        if isinstance(code, Pursuit) and getattr(sae.config, "pursuit", "mp") == "mp":
             prefixes = prefixes or [RunningFVU(sae.config.d_in) for _ in code.indices[0]]
             for running, residual in zip(
                 reversed(prefixes), _residuals(code, sae.dictionary), strict=True

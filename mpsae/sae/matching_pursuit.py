@@ -13,7 +13,9 @@ from mpsae.coselection import coselection
 from mpsae.metrics import residual_fvu
 from mpsae.pursuit import Backend, Method, Precision, matching_pursuit
 from mpsae.reference import Select
+from mpsae.sae import fitted
 from mpsae.sae.base import SAEConfig, SparseAutoencoder
+from mpsae.sae.fitted import PursuitKind
 from mpsae.sparse import Pursuit
 
 
@@ -39,6 +41,12 @@ class MatchingPursuitConfig(SAEConfig):
     """No gradient flows from a step to the steps before it."""
     coselection_coefficient: float = 0.0
     """Weight of the co-selection penalty, see :func:`mpsae.coselection.coselection`."""
+    pursuit: PursuitKind = "mp"
+    """mp, omp, nonnegative_omp or gradient: the last three fit the values of all chosen latents
+    anew in each step, see :func:`mpsae.orthogonal_matching_pursuit` and
+    :func:`mpsae.gradient_pursuit`; tied only."""
+    detach_values: bool = False
+    """No gradient flows through the fit of omp, nonnegative_omp and gradient."""
     precision: Precision = "exact"
     """exact or fast selection."""
     method: Method = "auto"
@@ -62,6 +70,7 @@ class MatchingPursuitConfig(SAEConfig):
             ("backend", Backend),
         ):
             checks.choice(name, getattr(self, name), get_args(allowed))
+        fitted.check(self)
 
 
 class MatchingPursuitSAE(SparseAutoencoder):
@@ -111,8 +120,13 @@ class MatchingPursuitSAE(SparseAutoencoder):
         c = self.config
         if residual_threshold is None:
             residual_threshold = c.residual_threshold
+        seen = self._subtract_b_dec(x)
+        if c.pursuit != "mp":
+            return fitted.pursue(
+                seen, self.dictionary, k, c, correlation_threshold, residual_threshold
+            )
         return matching_pursuit(
-            self._subtract_b_dec(x),
+            seen,
             self.dictionary,
             k,
             encoder=None if c.tied else self.encoder,
