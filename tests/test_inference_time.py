@@ -39,12 +39,13 @@ def plain_code(sae, x, k=K):
 @pytest.mark.parametrize("apply_b_dec", [True, False])
 def test_the_encoder_is_the_pursuit_and_trains_through_it(pursuit, select, apply_b_dec):
     sae = shaken(
-        "matching_pursuit", pursuit=pursuit, select=select, apply_b_dec_to_input=apply_b_dec
+        "matching_pursuit", pursuit=pursuit, select=select, apply_b_dec_to_input=apply_b_dec, k=5
     )
-    x, found = rows(9).requires_grad_(), []
+    x, found = rows(40).requires_grad_(), []
     weights = [p for name, p in sae.named_parameters() if name != "b_dec" or apply_b_dec]
     output = sae(x)
-    code = plain_code(sae, x)
+    code = plain_code(sae, x, 5)
+    assert (code < 0).any() == (pursuit == "omp")  # so that the bound at 0 counts
     torch.testing.assert_close(output.code.code(N), code)
     plain = code @ sae.dictionary + (sae.b_dec if apply_b_dec else 0)
     torch.testing.assert_close(output.reconstruction, plain)

@@ -22,6 +22,8 @@ class MatryoshkaConfig(BatchTopKConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.refit != "none":
+            raise ValueError(f"refit={self.refit!r} fits all latents, not the prefixes' ones")
         self.prefixes = tuple(self.prefixes)
         rising = all(a < b for a, b in pairwise((0.0, *self.prefixes)))
         if not self.prefixes or not rising or self.prefixes[-1] != 1:

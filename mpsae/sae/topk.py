@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mpsae import checks
 from mpsae.largest import largest
 from mpsae.sae.base import SAEConfig, SparseAutoencoder
 from mpsae.sae.latents import chosen_latents
+from mpsae.sae.refine import Refit, refined
 from mpsae.sparse import SparseCode
 
 
@@ -19,8 +21,14 @@ from mpsae.sparse import SparseCode
 class TopKConfig(SAEConfig):
     """Settings of :class:`TopKSAE`."""
 
+    refit: Refit = "none"
+    """none, gradient or least_squares: values of the chosen latents refined, in training and
+    afterwards, see :func:`mpsae.sae.refine.refined`. After least_squares the reconstruction
+    teaches the encoder nothing: that is for encoders that are trained already."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        checks.choice("refit", self.refit, get_args(Refit))
         if self.k > self.d_sae:
             raise ValueError(f"k={self.k} exceeds d_sae={self.d_sae}")
 
@@ -60,4 +68,6 @@ class TopKSAE(SparseAutoencoder):
         """Give a code that was chosen without a gradient its gradient."""
         rows = self._subtract_b_dec(x)
         values = chosen_latents(rows, self.encoder, self.b_enc, code.indices, code.values)
-        return SparseCode(code.indices, values)
+        if self.config.refit == "none":
+            return SparseCode(code.indices, values)
+        return refined(rows, code.indices, values, self.dictionary, self.config.refit)
