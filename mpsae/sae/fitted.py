@@ -26,6 +26,7 @@ def check(config: Any) -> None:
         expected = {
             "tied": True, "stop_on_repeat": False, "allow_repeats": True,
             "detach_residual": False, "precision": "exact", "method": "auto",
+            "prefix_loss": False,
         }  # fmt: skip
     if kind == "nonnegative_omp":
         expected["select"] = "relu"

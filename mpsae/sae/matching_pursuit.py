@@ -16,6 +16,7 @@ from mpsae.reference import Select
 from mpsae.sae import fitted
 from mpsae.sae.base import SAEConfig, SparseAutoencoder
 from mpsae.sae.fitted import PursuitKind
+from mpsae.sae.prefixes import prefix_fvu
 from mpsae.sparse import Pursuit
 
 
@@ -47,6 +48,9 @@ class MatchingPursuitConfig(SAEConfig):
     :func:`mpsae.gradient_pursuit`; tied only."""
     detach_values: bool = False
     """No gradient flows through the fit of omp, nonnegative_omp and gradient."""
+    prefix_loss: bool = False
+    """The loss is the mean over the steps of the FVU left after each, so that the SAE is good at
+    every k, see :func:`mpsae.sae.prefixes.prefix_fvu`."""
     precision: Precision = "exact"
     """exact or fast selection."""
     method: Method = "auto"
@@ -152,6 +156,8 @@ class MatchingPursuitSAE(SparseAutoencoder):
         return x - code.residual
 
     def _reconstruction_loss(self, x, code, reconstruction):
+        if self.config.prefix_loss:
+            return prefix_fvu(x, code, self.dictionary)
         return residual_fvu(x, code.residual)
 
     def _penalties(self, code):
