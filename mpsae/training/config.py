@@ -14,6 +14,8 @@ from mpsae.activations import BufferConfig, TextConfig
 from mpsae.activations.model import EMBEDDED
 from mpsae.sae import ARCHITECTURES, MatchingPursuitSAE, SAEConfig, SparseAutoencoder
 from mpsae.sae.all_at_once import BeforePursuit
+from mpsae.training import optimizers
+from mpsae.training.optimizers import OptimizerName
 
 Logger = Literal["wandb", "trackio", "tensorboard"]
 
@@ -59,8 +61,10 @@ class TrainConfig:
     """Steps in which matching_pursuit chooses its latents all at once, with the same weights."""
     before_mp: BeforePursuit = "topk"
     """How it does: topk, or groupmax, the largest of each of k groups of latents."""
+    optimizer: OptimizerName = "adam"
+    """adam; muon, with Adam for b_dec and b_enc; signum, which wants a lower rate."""
     lr: float = 1e-3
-    """Of Adam."""
+    """Rate at its highest."""
     warmup_steps: int = 100
     """Steps in which the rate rises from zero."""
     decay_fraction: float = 0.2
@@ -126,6 +130,7 @@ class TrainConfig:
                 raise ValueError(
                     f"no architecture {name!r}; there are {', '.join(sorted(ARCHITECTURES))}"
                 )
+        optimizers.check(self.optimizer)
         self._check_schedules()
         # twice the batch at least, or the stream could not mix
         self.buffer.buffer_tokens = max(self.buffer.buffer_tokens, 2 * self.batch_tokens)

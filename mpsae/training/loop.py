@@ -1,4 +1,4 @@
-"""The training loop: activations in, one Adam step a batch, checkpoints on the way."""
+"""The training loop: activations in, one step a batch, checkpoints on the way."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from mpsae.sparse import l0
 from mpsae.training import state
 from mpsae.training.config import TrainConfig
 from mpsae.training.logging import MetricsLog
+from mpsae.training.optimizers import make_optimizer
 
 _FVUS = ("reconstruction", "multi_topk")  # losses in units of the rows' variance
 
@@ -204,7 +205,9 @@ class _Run:
                 }
                 # one pass over weights, gradient and moments in place of ten
                 fused = model.device.type in ("cpu", "cuda")
-                optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=fused)
+                optimizer = make_optimizer(
+                    config.optimizer, sae.parameters(), config.lr, fused=fused
+                )
                 sae.constrain(optimizer)
                 name = f"{architecture}/{hookpoint.replace(':', '_')}"
                 self.jobs.append(Job(name, hookpoint, sae, optimizer))
