@@ -22,6 +22,8 @@ from mpsae.sae import (
     SparseAutoencoder,
     TopKConfig,
     TopKSAE,
+    read_decoder,
+    with_pursuit,
 )
 from mpsae.sparse import Pursuit, SparseCode
 
@@ -47,5 +49,7 @@ __all__ = [
     "matching_pursuit",
     "orthogonal_matching_pursuit",
     "plan",
+    "read_decoder",
     "record_pursuits",
+    "with_pursuit",
 ]

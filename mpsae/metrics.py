@@ -26,9 +26,14 @@ def fvu(x: Tensor, reconstruction: Tensor) -> Tensor:
 
 def residual_fvu(x: Tensor, residual: Tensor) -> Tensor:
     """:func:`fvu` where x - xhat is at hand already."""
+    return residual.square().sum() / total_variance(x)
+
+
+def total_variance(x: Tensor) -> Tensor:
+    """Sum ||x - mean||^2 over all rows of ``[..., d]``, kept above 0."""
     rows = x.reshape(-1, x.shape[-1])
     total = (rows - rows.mean(0)).square().sum()
-    return residual.square().sum() / total.clamp_min(torch.finfo(total.dtype).tiny)
+    return total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
 class RunningFVU:

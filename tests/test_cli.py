@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import subprocess
@@ -247,3 +248,28 @@ def test_demo_ends_with_table_and_picture(tmp_path, capsys, read_json):
         assert written["training_tokens_per_s"][name] > 0
         row = next(line for line in shown.splitlines() if line.startswith(f"{label} "))
         assert row.split()[1] == f"{measures['fvu']:.4f}"
+
+
+def test_eval_puts_a_pursuit_on_the_decoder(trained, tmp_path, capsys, read_json):
+    topk = trained / "topk" / "layers.1"
+    shown = {}
+    for ito in (None, "mp", "omp"):
+        more = [] if ito is None else ["--ito", ito, "--ito_k", "5"]
+        out = tmp_path / f"{ito}.json"
+        argv = ["eval", str(topk), "--max_tokens", "200", "--json", str(out), *more]
+        assert main(argv) == 0
+        (shown[ito],) = read_json(out).values()
+    assert shown["omp"]["fvu"] < shown["mp"]["fvu"] < shown[None]["fvu"]
+    assert shown["omp"]["l0"] == 5
+    assert len(shown["mp"]["fvu_at_k"]) == 5
+    assert shown["omp"]["fvu_at_k"] == []
+    named = read_json(topk / "cfg.json")
+    del named["metadata"]["hook_name"]
+    (tmp_path / "sae").mkdir()
+    shutil.copy(topk / "sae_weights.safetensors", tmp_path / "sae")
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(named))
+    argv = ["eval", str(tmp_path / "sae"), "--ito", "gradient", "--max_tokens", "50"]
+    assert "on which model and hookpoint" in fails(argv, capsys)
+    assert main([*argv, "--hookpoint", "layers.1"]) == 0
+    assert "pursuit must be one of" in fails([*argv[:3], "lasso"], capsys)
+    assert "ito_k=3 is for a pursuit" in fails(["eval", topk, "--ito_k", 3], capsys)

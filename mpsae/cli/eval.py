@@ -12,7 +12,7 @@ from simple_parsing import field as option
 from mpsae.activations import TextConfig, load_language_model
 from mpsae.cli.table import number, table
 from mpsae.evaluation import Evaluation, evaluate
-from mpsae.sae import SparseAutoencoder
+from mpsae.sae import SparseAutoencoder, read_decoder, with_pursuit
 from mpsae.training import pick_device
 from mpsae.training.state import checkpoints
 
@@ -33,6 +33,13 @@ class EvalConfig:
     """Model in place of the one that an SAE was trained on."""
     dataset: str | None = None
     """Dataset in place of the one that an SAE was trained on."""
+    hookpoint: str | None = None
+    """Hookpoint in place of the one that an SAE was trained on."""
+    ito: str | None = None
+    """Encode by a pursuit over the decoder in place of the encoder (inference-time optimisation):
+    mp, gradient, omp or nonnegative_omp."""
+    ito_k: int | None = None
+    """Its latents a token; as in training by default."""
     json: Path | None = None
     """Write the results here too."""
 
@@ -59,17 +66,23 @@ def _passing(path: Path) -> bool:
 
 def evaluate_folders(config: EvalConfig) -> dict[str, Evaluation]:
     """Measure every SAE of the runs; the results by folder."""
+    if config.ito is None and config.ito_k is not None:
+        raise ValueError(f"ito_k={config.ito_k} is for a pursuit that ito names")
     device = pick_device(config.device)
-    saes = {}
+    saes: dict[Path, SparseAutoencoder] = {}
     for run in config.runs:
         for folder in find_saes(run):
-            saes[folder] = SparseAutoencoder.from_pretrained(folder, device)
+            if config.ito is None:
+                saes[folder] = SparseAutoencoder.from_pretrained(folder, device)
+            else:
+                saes[folder] = with_pursuit(read_decoder(folder, device), config.ito, config.ito_k)
     models: dict[str, Any] = {}
     results = {}
     for folder, sae in saes.items():
         origin = sae.metadata
         name = config.model or origin.get("model_name")
-        if name is None or "hook_name" not in origin:
+        hookpoint = config.hookpoint or origin.get("hook_name")
+        if name is None or hookpoint is None:
             raise ValueError(
                 f"{folder} does not say on which model and hookpoint it was trained (metadata of "
                 "cfg.json)"
@@ -83,7 +96,7 @@ def evaluate_folders(config: EvalConfig) -> dict[str, Evaluation]:
             sae,
             model,
             tokenizer,
-            origin["hook_name"],
+            hookpoint,
             text,
             max_tokens=config.max_tokens,
             batch=config.batch,

@@ -2,6 +2,7 @@
 
 from mpsae.evaluation.reconstruction import Evaluation, evaluate
 from mpsae.evaluation.recovery import Recovery, evaluate_recovery, recovery
+from mpsae.evaluation.steps import StepCurve, fvu_per_step
 from mpsae.evaluation.synthetic import Hierarchy, HierarchyConfig
 
 __all__ = [
@@ -9,7 +10,9 @@ __all__ = [
     "Hierarchy",
     "HierarchyConfig",
     "Recovery",
+    "StepCurve",
     "evaluate",
     "evaluate_recovery",
+    "fvu_per_step",
     "recovery",
 ]

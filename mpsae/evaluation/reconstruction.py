@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,10 @@ from tqdm import tqdm
 from mpsae.activations import TextConfig, is_causal, record, replace, sequences
 from mpsae.activations.model import check_context
 from mpsae.activations.text import Sequences
+from mpsae.evaluation.steps import is_stepwise, residuals
 from mpsae.metrics import RunningFVU
 from mpsae.sae import SparseAutoencoder
-from mpsae.sparse import Pursuit, l0
+from mpsae.sparse import l0
 
 
 @dataclass
@@ -98,10 +99,10 @@ def evaluate(
         used += int(l0(code.indices, code.values).sum())
         fired.index_fill_(0, code.indices[code.values != 0], True)
         mean += x.double().sum(0).cpu()
-        if isinstance(code, Pursuit):
+        if is_stepwise(code, sae):
             prefixes = prefixes or [RunningFVU(sae.config.d_in) for _ in code.indices[0]]
             for running, residual in zip(
-                reversed(prefixes), _residuals(code, sae.dictionary), strict=True
+                reversed(prefixes), residuals(code, sae.dictionary), strict=True
             ):
                 running.update(x, residual)
         kept.append(part)
@@ -121,14 +122,6 @@ def evaluate(
         gap = result.ce_mean - result.ce_clean
         result.ce_recovered = (result.ce_mean - result.ce_sae) / gap if gap else float("nan")
     return result
-
-
-def _residuals(code: Pursuit, dictionary: Tensor) -> Iterator[Tensor]:
-    """Residual after k, k - 1, ... 1 steps, walked back from the last one."""
-    residual = code.residual
-    for t in reversed(range(code.indices.shape[-1])):
-        yield residual
-        residual = residual + code.values[..., t, None] * dictionary[code.indices[..., t]]
 
 
 def _cross_entropies(

@@ -6,6 +6,7 @@ from mpsae.sae.batch_matching_pursuit import (
     BatchMatchingPursuitSAE,
 )
 from mpsae.sae.batch_topk import BatchTopKConfig, BatchTopKSAE
+from mpsae.sae.inference_time import Decoder, read_decoder, with_pursuit
 from mpsae.sae.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
 from mpsae.sae.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from mpsae.sae.topk import TopKConfig, TopKSAE
@@ -16,6 +17,7 @@ __all__ = [
     "BatchMatchingPursuitSAE",
     "BatchTopKConfig",
     "BatchTopKSAE",
+    "Decoder",
     "MatchingPursuitConfig",
     "MatchingPursuitSAE",
     "MatryoshkaConfig",
@@ -25,4 +27,6 @@ __all__ = [
     "SparseAutoencoder",
     "TopKConfig",
     "TopKSAE",
+    "read_decoder",
+    "with_pursuit",
 ]

@@ -93,6 +93,8 @@ class SparseAutoencoder(nn.Module, ABC):
     def __init__(self, config: SAEConfig):
         super().__init__()
         self.config: Any = config
+        # latents a row in training in place of config.k; a schedule sets it
+        self.training_k: int | None = None
         # what a checkpoint should say of its origin: model, hookpoint, dataset, ...
         self.metadata: dict[str, Any] = {}
         generator = torch.Generator().manual_seed(config.seed)
@@ -106,6 +108,13 @@ class SparseAutoencoder(nn.Module, ABC):
         self.register_buffer(
             "rows_since_fired", torch.zeros(config.d_sae, dtype=torch.int64), persistent=False
         )
+
+    @property
+    def k(self) -> int:
+        """Latents a row now: ``config.k``, or in training what a schedule says."""
+        if self.training and self.training_k is not None:
+            return self.training_k
+        return self.config.k
 
     @abstractmethod
     def encode(self, x: Tensor) -> SparseCode | Pursuit:
@@ -127,7 +136,7 @@ class SparseAutoencoder(nn.Module, ABC):
         reconstruction = self._reconstruct(x, code)
         losses = {"reconstruction": self._reconstruction_loss(x, code, reconstruction)}
         if self.training:
-            losses |= self._penalties(code)
+            losses |= self._penalties(x, code)
             self._count_firing(code)
             dead = self.dead_latents()
             # a compiled graph cannot depend on it: without dead latents the loss is 0
@@ -240,8 +249,8 @@ class SparseAutoencoder(nn.Module, ABC):
     def _reconstruction_loss(self, x: Tensor, code, reconstruction: Tensor) -> Tensor:
         return residual_fvu(x, x - reconstruction)
 
-    def _penalties(self, code: SparseCode | Pursuit) -> dict[str, Tensor]:
-        """Losses of training on the code alone, by name and already weighted."""
+    def _penalties(self, x: Tensor, code: SparseCode | Pursuit) -> dict[str, Tensor]:
+        """Losses of training beside the reconstruction's, by name and already weighted."""
         return {}
 
     def _encoder_of_dead(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -33,6 +33,8 @@ class BatchMatchingPursuitConfig(MatchingPursuitConfig):
             raise ValueError(
                 f"correlation_threshold={self.correlation_threshold} is learnt here; leave it out"
             )
+        if self.pursuit != "mp":
+            raise ValueError(f"pursuit={self.pursuit!r} has no scores that a threshold learns from")
         if self.select == "max":
             raise ValueError("select='max' has scores of either sign, which no threshold can end")
         if self.max_steps is not None and self.max_steps < self.k:

@@ -21,6 +21,8 @@ class BatchTopKConfig(TopKConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.multi_topk:
+            raise ValueError("multi_topk=True is for TopK; rows here share one budget of k")
         if not 0 <= self.threshold_momentum < 1:
             raise ValueError(f"threshold_momentum must be in [0, 1), not {self.threshold_momentum}")
 
@@ -61,7 +63,7 @@ class BatchTopKSAE(TopKSAE):
             latents = self.latents(x)
             rows = latents.reshape(-1, latents.shape[-1])
             threshold = torch.full_like(self.threshold, -1) if self.training else self.threshold
-            count = self.config.k * rows.shape[0]
+            count = self.k * rows.shape[0]
             values, indices, smallest = chosen_of_batch(rows, threshold, count)
             if self.training:
                 self._learn_threshold(smallest)

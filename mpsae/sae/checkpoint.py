@@ -137,6 +137,8 @@ def _written_config(sae: SparseAutoencoder) -> dict[str, Any]:
             written["architecture"] = "mpsae_matching_pursuit"
     else:
         written |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
+        if settings_besides(sae, refit="none"):
+            written["architecture"] = f"mpsae_{sae.architecture}"
     own = {"architecture": sae.architecture, "version": mpsae.__version__, "config": asdict(config)}
     return written | {"metadata": {**_VERSION, **sae.metadata, "mpsae": own}}
 
@@ -144,7 +146,7 @@ def _written_config(sae: SparseAutoencoder) -> dict[str, Any]:
 def unknown_to_saelens(sae: SparseAutoencoder) -> list[str]:
     """Name the settings, ``name=value``, of a pursuit that SAELens' pursuit does not have."""
     return settings_besides(
-        sae, tied=True, allow_repeats=True, select="relu", correlation_threshold=None
+        sae, tied=True, allow_repeats=True, select="relu", correlation_threshold=None, pursuit="mp"
     )
 
 

@@ -14,7 +14,11 @@ from mpsae.metrics import residual_fvu
 from mpsae.orthogonal import nonnegative_refit
 from mpsae.pursuit import Backend, Method, Precision, matching_pursuit
 from mpsae.reference import Select
+from mpsae.sae import fitted
+from mpsae.sae.all_at_once import BeforePursuit, all_at_once
 from mpsae.sae.base import SAEConfig, SparseAutoencoder
+from mpsae.sae.fitted import PursuitKind
+from mpsae.sae.prefixes import prefix_fvu
 from mpsae.sparse import Pursuit
 
 
@@ -41,6 +45,17 @@ class MatchingPursuitConfig(SAEConfig):
     coselection_coefficient: float = 0.0
     """Weight of the co-selection penalty, 2 / k times :func:`mpsae.coselection.coselection`: how
     much a latent overlaps with the others of its row. 1 suits k from 6 to 32, 0 is none."""
+    pursuit: PursuitKind = "mp"
+    """mp, omp, nonnegative_omp or gradient: the last three fit the values of all chosen latents
+    anew in each step, see :func:`mpsae.orthogonal_matching_pursuit` and
+    :func:`mpsae.gradient_pursuit`; tied only."""
+    detach_values: bool = False
+    """No gradient flows through the fit of omp, nonnegative_omp and gradient."""
+    atom_dropout: float = 0.0
+    """Share of the atoms that each batch of training goes without."""
+    prefix_loss: bool = False
+    """The loss is the mean over the steps of the FVU left after each, so that the SAE is good at
+    every k, see :func:`mpsae.sae.prefixes.prefix_fvu`."""
     precision: Precision = "exact"
     """exact or fast selection."""
     method: Method = "auto"
@@ -56,6 +71,8 @@ class MatchingPursuitConfig(SAEConfig):
             raise ValueError(
                 f"coselection_coefficient must be at least 0, not {self.coselection_coefficient}"
             )
+        if not 0 <= self.atom_dropout < 1:
+            raise ValueError(f"atom_dropout must be in [0, 1), not {self.atom_dropout}")
         checks.thresholds(self.residual_threshold, self.correlation_threshold)
         for name, allowed in (
             ("select", Select),
@@ -64,6 +81,7 @@ class MatchingPursuitConfig(SAEConfig):
             ("backend", Backend),
         ):
             checks.choice(name, getattr(self, name), get_args(allowed))
+        fitted.check(self)
 
 
 class MatchingPursuitSAE(SparseAutoencoder):
@@ -91,6 +109,8 @@ class MatchingPursuitSAE(SparseAutoencoder):
 
     def __init__(self, config: MatchingPursuitConfig):
         super().__init__(config)
+        # how latents are chosen in training, all at once, until a schedule turns the pursuit on
+        self.before_pursuit: BeforePursuit | None = None
         if not config.tied:
             self.encoder = torch.nn.Parameter(self.dictionary.detach().clone())
             self.b_enc = torch.nn.Parameter(torch.zeros(config.d_sae))
@@ -108,7 +128,7 @@ class MatchingPursuitSAE(SparseAutoencoder):
         a gradient, see :func:`mpsae.orthogonal.nonnegative_refit`.
         """
         c = self.config
-        steps = c.k if k is None else k
+        steps = self.k if k is None else k
         code = self._pursue(x, steps, c.correlation_threshold, residual_threshold)
         return self._refitted(x, code) if refit else code
 
@@ -129,12 +149,26 @@ class MatchingPursuitSAE(SparseAutoencoder):
         c = self.config
         if residual_threshold is None:
             residual_threshold = c.residual_threshold
+        seen = self._subtract_b_dec(x)
+        dictionary = self.dictionary
+        encoder, bias = (None, None) if c.tied else (self.encoder, self.b_enc)
+        if self.training and c.atom_dropout > 0:
+            drawn = torch.rand(c.d_sae, device=dictionary.device) >= c.atom_dropout
+            kept = drawn.to(dictionary.dtype)
+            # an atom of zeros has no correlation, so it gets no value
+            dictionary = dictionary * kept[:, None]
+            if encoder is not None:
+                encoder, bias = encoder * kept[:, None], bias * kept
+        if self.training and self.before_pursuit is not None:
+            return all_at_once(seen, dictionary, encoder, bias, int(k), self.before_pursuit)
+        if c.pursuit != "mp":
+            return fitted.pursue(seen, dictionary, k, c, correlation_threshold, residual_threshold)
         return matching_pursuit(
-            self._subtract_b_dec(x),
-            self.dictionary,
+            seen,
+            dictionary,
             k,
-            encoder=None if c.tied else self.encoder,
-            bias=None if c.tied else self.b_enc,
+            encoder=encoder,
+            bias=bias,
             residual_threshold=residual_threshold,
             correlation_threshold=correlation_threshold,
             stop_on_repeat=c.stop_on_repeat,
@@ -157,9 +191,11 @@ class MatchingPursuitSAE(SparseAutoencoder):
         return x - code.residual
 
     def _reconstruction_loss(self, x, code, reconstruction):
+        if self.config.prefix_loss:
+            return prefix_fvu(x, code, self.dictionary)
         return residual_fvu(x, code.residual)
 
-    def _penalties(self, code):
+    def _penalties(self, x, code):
         weight = self.config.coselection_coefficient
         if weight == 0:
             return {}

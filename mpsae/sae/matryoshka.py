@@ -22,6 +22,8 @@ class MatryoshkaConfig(BatchTopKConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.refit != "none":
+            raise ValueError(f"refit={self.refit!r} fits all latents, not the prefixes' ones")
         self.prefixes = tuple(self.prefixes)
         check_prefixes("prefixes", self.prefixes, self.d_sae)
 

@@ -9,9 +9,13 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from simple_parsing import field as option
 
+from mpsae import checks
 from mpsae.activations import BufferConfig, TextConfig
 from mpsae.activations.model import EMBEDDED
-from mpsae.sae import ARCHITECTURES, SAEConfig, SparseAutoencoder
+from mpsae.sae import ARCHITECTURES, MatchingPursuitSAE, SAEConfig, SparseAutoencoder
+from mpsae.sae.all_at_once import BeforePursuit
+from mpsae.training import optimizers
+from mpsae.training.optimizers import OptimizerName
 
 Logger = Literal["wandb", "trackio", "tensorboard"]
 
@@ -49,8 +53,18 @@ class TrainConfig:
     """Tokens a step; 65536 by default, 2048 with the embedded model."""
     accumulate: int = 1
     """Parts in which a step's tokens go through the SAE, to save memory."""
+    k_decay_steps: int = 0
+    """Steps in which k falls in equal parts from k_start to k."""
+    k_start: int | None = None
+    """First k of that decay; by default 10 times the features, at most the number of latents."""
+    turn_on_mp_step: int = 0
+    """Steps in which matching_pursuit chooses its latents all at once, with the same weights."""
+    before_mp: BeforePursuit = "topk"
+    """How it does: topk, or groupmax, the largest of each of k groups of latents."""
+    optimizer: OptimizerName = "adam"
+    """adam; muon, with Adam for b_dec and b_enc; signum, which wants a lower rate."""
     lr: float = 1e-3
-    """Of Adam."""
+    """Rate at its highest."""
     warmup_steps: int = 100
     """Steps in which the rate rises from zero."""
     decay_fraction: float = 0.2
@@ -120,6 +134,8 @@ class TrainConfig:
                 raise ValueError(
                     f"no architecture {name!r}; there are {', '.join(sorted(ARCHITECTURES))}"
                 )
+        optimizers.check(self.optimizer)
+        self._check_schedules()
         # twice the batch at least, or the stream could not mix
         self.buffer.buffer_tokens = max(self.buffer.buffer_tokens, 2 * self.batch_tokens)
         for name in self.architecture:
@@ -151,6 +167,45 @@ class TrainConfig:
                 written[name] = kind(**written[name])
         return cls(**written)
 
+    def _check_schedules(self) -> None:
+        for name in ("k_decay_steps", "turn_on_mp_step"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        if self.k_start is not None and (self.k_decay_steps == 0 or self.k_start < self.k):
+            raise ValueError(
+                f"k_start={self.k_start} must be at least k={self.k}, and k_decay_steps above 0"
+            )
+        if self.k_decay_steps and "batch_matching_pursuit" in self.architecture:
+            raise ValueError(
+                f"k_decay_steps={self.k_decay_steps} is not for batch_matching_pursuit, which "
+                "learns a threshold for one k"
+            )
+        checks.choice("before_mp", self.before_mp, get_args(BeforePursuit))
+        if self.turn_on_mp_step == 0:
+            return
+        if "matching_pursuit" not in self.architecture:
+            raise ValueError(
+                f"turn_on_mp_step={self.turn_on_mp_step} is for architecture matching_pursuit, not "
+                f"{', '.join(self.architecture)}"
+            )
+        if self.before_mp == "groupmax" and self.k_decay_steps:
+            raise ValueError("before_mp='groupmax' has one k, so it does not go with k_decay_steps")
+
+    def current_k(self, step: int, config: SAEConfig) -> int:
+        """Latents a row in a step, counted from 0."""
+        if step >= self.k_decay_steps:
+            return config.k
+        start = 10 * config.d_in if self.k_start is None else self.k_start
+        share = step / self.k_decay_steps
+        return round(min(start, config.d_sae) * (1 - share) + config.k * share)
+
+    def schedule(self, sae: SparseAutoencoder, step: int) -> None:
+        """Set what depends on the step, counted from 0; nothing else has to be remembered."""
+        sae.training_k = self.current_k(step, sae.config)
+        if isinstance(sae, MatchingPursuitSAE):
+            early = step < self.turn_on_mp_step and sae.architecture == "matching_pursuit"
+            sae.before_pursuit = self.before_mp if early else None
+
     def sae_config(self, architecture: str, d_in: int) -> SAEConfig:
         """Make the config of one SAE.
 
@@ -161,7 +216,24 @@ class TrainConfig:
         cls = ARCHITECTURES[architecture].config_class
         options = _parse_options(cls, self.sae)
         d_sae = d_in * self.expansion_factor if self.d_sae is None else self.d_sae
-        return cls(**{"d_in": d_in, "d_sae": d_sae, "k": self.k, "seed": self.seed} | options)
+        config = cls(**{"d_in": d_in, "d_sae": d_sae, "k": self.k, "seed": self.seed} | options)
+        if self.turn_on_mp_step and architecture == "matching_pursuit":
+            self._check_all_at_once(config)
+        return config
+
+    def _check_all_at_once(self, config: Any) -> None:
+        if config.select != "relu":
+            raise ValueError(
+                f"turn_on_mp_step={self.turn_on_mp_step} goes with select='relu', not with "
+                f"{config.select!r}"
+            )
+        if config.k > config.d_sae:
+            raise ValueError(f"turn_on_mp_step needs k={config.k} of d_sae={config.d_sae} latents")
+        if self.before_mp == "groupmax" and config.d_sae % config.k:
+            raise ValueError(
+                f"before_mp='groupmax' needs groups of one size, but d_sae={config.d_sae} is no "
+                f"multiple of k={config.k}"
+            )
 
     def make_sae(self, architecture: str, d_in: int) -> SparseAutoencoder:
         """Make one SAE, untrained."""
@@ -187,6 +259,7 @@ class TrainConfig:
         except ValueError as error:
             raise OSError(f"{path} is cut short or damaged ({error})") from error
         now = self.as_json()
+        before = {f.name: f.default for f in fields(self)} | before  # settings newer than the run
         for name in now.keys() - _FREE:
             if before.get(name) != now[name]:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""The training loop: activations in, one Adam step a batch, checkpoints on the way."""
+"""The training loop: activations in, one step a batch, checkpoints on the way."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from mpsae.sparse import l0
 from mpsae.training import state
 from mpsae.training.config import TrainConfig
 from mpsae.training.logging import MetricsLog
+from mpsae.training.optimizers import make_optimizer
+
+_FVUS = ("reconstruction", "multi_topk")  # losses in units of the rows' variance
 
 
 @dataclass
@@ -201,7 +205,9 @@ class _Run:
                 }
                 # one pass over weights, gradient and moments in place of ten
                 fused = model.device.type in ("cpu", "cuda")
-                optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=fused)
+                optimizer = make_optimizer(
+                    config.optimizer, sae.parameters(), config.lr, fused=fused
+                )
                 sae.constrain(optimizer)
                 name = f"{architecture}/{hookpoint.replace(':', '_')}"
                 self.jobs.append(Job(name, hookpoint, sae, optimizer))
@@ -230,6 +236,7 @@ class _Run:
 
     def _step_one(self, job: Job, rows: Tensor, logged: bool) -> dict[str, float]:
         config, sae = self.config, job.sae.train()
+        config.schedule(sae, self.step)
         rate = learning_rate(config, self.step, self.steps)
         for group in job.optimizer.param_groups:
             group["lr"] = rate
@@ -237,14 +244,17 @@ class _Run:
         sums: dict[str, float] = {}
         parts = rows.chunk(config.accumulate)
         total = _variance(rows) if len(parts) > 1 else None
-        for part in parts:
+        for number, part in enumerate(parts):
             share = len(part) / len(rows)
             # a part's FVU is over its own variance; so the sum is the FVU of all rows
             of_variance = share if total is None else (_variance(part) / total).item()
-            with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=bf16):
+            with (
+                _seeded(sae, (config.seed, self.step, number)),
+                torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=bf16),
+            ):
                 output = sae(part)
             losses = {
-                name: value * (of_variance if name == "reconstruction" else share)
+                name: value * (of_variance if name in _FVUS else share)
                 for name, value in output.losses.items()
             }
             torch.stack(list(losses.values())).sum().backward()
@@ -273,6 +283,19 @@ class _Run:
 def _variance(rows: Tensor) -> Tensor:
     """Sum ||x - mean||^2."""
     return (rows - rows.mean(0)).square().sum()
+
+
+@contextmanager
+def _seeded(sae: SparseAutoencoder, numbers: tuple[int, int, int]) -> Iterator[None]:
+    """Let what an SAE draws depend on run, step and part alone, so that a resumed run draws it."""
+    if getattr(sae.config, "atom_dropout", 0) == 0:
+        yield
+        return
+    device = sae.dictionary.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        seed, step, part = numbers
+        torch.manual_seed((seed * 2**40 + step * 2**16 + part) % 2**63)
+        yield
 
 
 class _Interrupt:

@@ -1,0 +1,70 @@
+"""How the error of a pursuit falls with its steps, from one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+
+from mpsae.metrics import residual_fvu
+from mpsae.sae import SparseAutoencoder
+from mpsae.sparse import Pursuit, l0
+
+
+class StepCurve(NamedTuple):
+    """Measures after 1, 2, ... steps: FVU against mean L0 is the curve of one SAE."""
+
+    fvu: list[float]
+    l0: list[float]
+
+
+@torch.no_grad()
+def fvu_per_step(sae: SparseAutoencoder, x: Tensor) -> StepCurve:
+    """Measure a matching-pursuit SAE stopped after each of its steps, in one pass.
+
+    Args:
+        sae: put into evaluation mode.
+        x: ``[..., d_in]``.
+
+    Returns:
+        StepCurve, FVU and mean number of latents other than zero after each step; what
+        ``sae.encode(x, k=t)`` would give for each t.
+
+    Raises:
+        ValueError: an encoder that is no matching pursuit, or one that fits its values anew in
+            each step, so that those of the last step say nothing of the others.
+
+    Notes:
+        2 k d FLOP a row on top of the pursuit; one residual ``[B, d]`` at a time.
+
+    Example:
+        >>> from mpsae import MatchingPursuitConfig, MatchingPursuitSAE
+        >>> sae = MatchingPursuitSAE(MatchingPursuitConfig(d_in=8, d_sae=32, k=3))
+        >>> curve = fvu_per_step(sae, torch.randn(100, 8))
+        >>> curve.fvu[0] > curve.fvu[1] > curve.fvu[2], curve.l0[0]
+        (True, 1.0)
+    """
+    code = sae.eval().encode(x)
+    if not is_stepwise(code, sae):
+        raise ValueError(f"a {sae.architecture} SAE of these settings has no steps to stop after")
+    errors = [residual_fvu(x, residual).item() for residual in residuals(code, sae.dictionary)]
+    counts = [
+        l0(code.indices[..., :t], code.values[..., :t]).double().mean().item()
+        for t in range(1, len(errors) + 1)
+    ]
+    return StepCurve(errors[::-1], counts)
+
+
+def is_stepwise(code: object, sae: SparseAutoencoder) -> TypeGuard[Pursuit]:
+    """Whether a code keeps the values of its steps: a pursuit that never fits them anew."""
+    return isinstance(code, Pursuit) and getattr(sae.config, "pursuit", "mp") == "mp"
+
+
+def residuals(code: Pursuit, dictionary: Tensor) -> Iterator[Tensor]:
+    """Residual after k, k - 1, ... 1 steps, walked back from the last one."""
+    residual = code.residual
+    for t in reversed(range(code.indices.shape[-1])):
+        yield residual
+        residual = residual + code.values[..., t, None] * dictionary[code.indices[..., t]]
