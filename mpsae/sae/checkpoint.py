@@ -144,8 +144,9 @@ def _written_config(sae: SparseAutoencoder) -> dict[str, Any]:
 def unknown_to_saelens(sae: SparseAutoencoder) -> list[str]:
     """Name the settings, ``name=value``, of a pursuit that SAELens' pursuit does not have."""
     return settings_besides(
-        sae, tied=True, allow_repeats=True, select="relu", correlation_threshold=None
-    )
+        sae, tied=True, allow_repeats=True, select="relu", correlation_threshold=None,
+        slicing="none", subtract="dictionary",
+    )  # fmt: skip
 
 
 def settings_besides(sae: SparseAutoencoder, **expected: Any) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,10 +11,15 @@ from torch import Tensor
 from mpsae import checks
 from mpsae.coselection import coselection
 from mpsae.metrics import residual_fvu
-from mpsae.pursuit import Backend, Method, Precision, matching_pursuit
+from mpsae.plan import Backend, Method
+from mpsae.pursuit import Precision
 from mpsae.reference import Select
+from mpsae.sae import slicing
 from mpsae.sae.base import SAEConfig, SparseAutoencoder
+from mpsae.sae.slicing import Slicing
 from mpsae.sparse import Pursuit
+
+Subtract = Literal["dictionary", "encoder"]
 
 
 @dataclass(kw_only=True)
@@ -37,6 +42,10 @@ class MatchingPursuitConfig(SAEConfig):
     """relu, max or abs: how the next latent is chosen and valued."""
     detach_residual: bool = False
     """No gradient flows from a step to the steps before it."""
+    slicing: Slicing = "none"
+    """none, both, encoder or decoder: what each step has its own of, see MatchingPursuitSAE."""
+    subtract: Subtract = "dictionary"
+    """dictionary or encoder: what is subtracted from the residual, see MatchingPursuitSAE."""
     coselection_coefficient: float = 0.0
     """Weight of the co-selection penalty, see :func:`mpsae.coselection.coselection`."""
     precision: Precision = "exact"
@@ -56,25 +65,56 @@ class MatchingPursuitConfig(SAEConfig):
             )
         checks.thresholds(self.residual_threshold, self.correlation_threshold)
         for name, allowed in (
+            ("slicing", Slicing),
+            ("subtract", Subtract),
             ("select", Select),
             ("precision", Precision),
             ("method", Method),
             ("backend", Backend),
         ):
             checks.choice(name, getattr(self, name), get_args(allowed))
+        if self.subtract == "encoder" and self.tied:
+            raise ValueError("subtract='encoder' needs an encoder of its own: tied=False")
+        if self.slicing != "none" and type(self) is not MatchingPursuitConfig:
+            raise ValueError(
+                f"slicing={self.slicing!r} needs a fixed number of steps, which a "
+                f"{type(self).__name__} does not have"
+            )
+        plain = self.slicing == "decoder" and self.subtract == "encoder"
+        slicing.check(self, tied=self.tied, plain=plain)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Of the weights in fp32; training takes four times that."""
+        encoder_rows, dictionary_rows = slicing.rows_of(self)
+        encoder = 0 if self.tied else encoder_rows * (self.d_in + 1)
+        return 4 * (encoder + (dictionary_rows + 1) * self.d_in)
 
 
 class MatchingPursuitSAE(SparseAutoencoder):
     """SAE whose encoder is matching pursuit: sequential, residual-guided, k steps a row.
 
+    With ``slicing`` each step has weights of its own: with ``"both"`` d_sae / k latents, so that
+    all steps together cost one product with the dictionary; with ``"encoder"`` a whole encoder of
+    d_sae rows, and with ``"decoder"`` a whole dictionary, the other one being shared. Those are
+    ``4 d_in d_sae k`` bytes in fp32 (``config.parameter_bytes``), refused where they exceed a
+    quarter of the free memory. A step in which nothing is positive has the value 0, and the row
+    goes on. :meth:`encode` with a smaller ``k`` uses the first slices. With ``"decoder"`` the t-th
+    place of a code stands for a row of the t-th dictionary, so decode with :meth:`decode`.
+
+    With ``subtract="encoder"`` the encoder's atoms are subtracted and have unit norm; the
+    dictionary, of any norm, only reconstructs.
+
     Args:
         config: :class:`MatchingPursuitConfig`.
 
     Notes:
-        The loss needs no decoding: the residual that the pursuit leaves is the error.
+        The loss needs no decoding where the dictionary is subtracted: the residual that the pursuit
+        leaves is the error.
 
     References:
-        Costa et al., 2025, arXiv 2506.03093.
+        Costa et al., 2025, arXiv 2506.03093. Slices and ``subtract="encoder"``: EleutherAI, 2025,
+        "Matching pursuit SAEs are less interpretable than regular SAEs".
 
     Example:
         >>> sae = MatchingPursuitSAE(MatchingPursuitConfig(d_in=8, d_sae=32, k=3))
@@ -88,10 +128,15 @@ class MatchingPursuitSAE(SparseAutoencoder):
     has_encoder = False
 
     def __init__(self, config: MatchingPursuitConfig):
+        slicing.check_memory(config)
         super().__init__(config)
         if not config.tied:
-            self.encoder = torch.nn.Parameter(self.dictionary.detach().clone())
-            self.b_enc = torch.nn.Parameter(torch.zeros(config.d_sae))
+            rows = slicing.rows_of(config)
+            atoms = self.dictionary.detach()
+            encoder, dictionary = (atoms.repeat(n // config.d_sae, 1) for n in rows)
+            self.dictionary = torch.nn.Parameter(dictionary)
+            self.encoder = torch.nn.Parameter(encoder)
+            self.b_enc = torch.nn.Parameter(torch.zeros(rows[0]))
 
     def encode(
         self, x: Tensor, k: int | Tensor | None = None, residual_threshold: float | None = None
@@ -111,22 +156,25 @@ class MatchingPursuitSAE(SparseAutoencoder):
         c = self.config
         if residual_threshold is None:
             residual_threshold = c.residual_threshold
-        return matching_pursuit(
+        own = c.subtract == "encoder"
+        return slicing.pursue(
             self._subtract_b_dec(x),
-            self.dictionary,
+            self.encoder if own else self.dictionary,
             k,
-            encoder=None if c.tied else self.encoder,
+            c,
+            encoder=None if c.tied or own else self.encoder,
             bias=None if c.tied else self.b_enc,
             residual_threshold=residual_threshold,
             correlation_threshold=correlation_threshold,
-            stop_on_repeat=c.stop_on_repeat,
-            allow_repeats=c.allow_repeats,
             select=c.select,
-            detach_residual=c.detach_residual,
-            precision=c.precision,
-            method=c.method,
-            backend=c.backend,
         )
+
+    def atom_rows(self, indices: Tensor) -> Tensor:
+        """Rows of the dictionary that the latents ``[..., k]`` of a code stand for."""
+        return slicing.atom_rows(indices, self.config)
+
+    def _unit_norm_weight(self):
+        return self.encoder if self.config.subtract == "encoder" else self.dictionary
 
     def _subtract_b_dec(self, x):
         return x - self.b_dec if self.config.apply_b_dec_to_input else x
@@ -135,19 +183,28 @@ class MatchingPursuitSAE(SparseAutoencoder):
         return y + self.b_dec if self.config.apply_b_dec_to_input else y
 
     def _reconstruct(self, x, code):
-        return x - code.residual
+        return self.decode(code) if self.config.subtract == "encoder" else x - code.residual
 
     def _reconstruction_loss(self, x, code, reconstruction):
+        if self.config.subtract == "encoder":
+            return super()._reconstruction_loss(x, code, reconstruction)
         return residual_fvu(x, code.residual)
 
     def _penalties(self, code):
         weight = self.config.coselection_coefficient
         if weight == 0:
             return {}
-        return {"coselection": weight * coselection(code.indices, code.values, self.dictionary)}
+        rows = self.atom_rows(code.indices)
+        return {"coselection": weight * coselection(rows, code.values, self.dictionary)}
 
-    def _encoder_of_dead(self, x, residual):
+    def _encoder_of_dead(self, x, residual, code):
         # a pursuit's next step is on the residual, so dead latents are asked about it
         if self.config.tied:
             return residual, self.dictionary, None
-        return residual, self.encoder, self.b_enc
+        if self.config.subtract == "encoder":
+            residual = code.residual.detach()
+        n = self.config.d_sae  # of several encoders the last one saw what is most like it
+        return residual, self.encoder[-n:], self.b_enc[-n:]
+
+    def _decoder_of_dead(self):
+        return self.dictionary[-self.config.d_sae :]
