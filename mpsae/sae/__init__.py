@@ -9,6 +9,14 @@ from mpsae.sae.batch_topk import BatchTopKConfig, BatchTopKSAE
 from mpsae.sae.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
 from mpsae.sae.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from mpsae.sae.topk import TopKConfig, TopKSAE
+from mpsae.sae.transcoder import (
+    MatchingPursuitTranscoder,
+    MatchingPursuitTranscoderConfig,
+    SkipTranscoder,
+    SkipTranscoderConfig,
+    Transcoder,
+    TranscoderConfig,
+)
 
 __all__ = [
     "ARCHITECTURES",
@@ -18,11 +26,17 @@ __all__ = [
     "BatchTopKSAE",
     "MatchingPursuitConfig",
     "MatchingPursuitSAE",
+    "MatchingPursuitTranscoder",
+    "MatchingPursuitTranscoderConfig",
     "MatryoshkaConfig",
     "MatryoshkaSAE",
     "SAEConfig",
     "SAEOutput",
+    "SkipTranscoder",
+    "SkipTranscoderConfig",
     "SparseAutoencoder",
     "TopKConfig",
     "TopKSAE",
+    "Transcoder",
+    "TranscoderConfig",
 ]

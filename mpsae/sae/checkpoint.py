@@ -24,6 +24,7 @@ from mpsae.checks import FLOATS
 from mpsae.sae.base import ARCHITECTURES, SAEConfig, SparseAutoencoder
 from mpsae.sae.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
 from mpsae.sae.topk import TopKConfig, TopKSAE
+from mpsae.sae.transcoder import Transcoder
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
@@ -137,6 +138,10 @@ def _written_config(sae: SparseAutoencoder) -> dict[str, Any]:
             written["architecture"] = "mpsae_matching_pursuit"
     else:
         written |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
+    if isinstance(sae, Transcoder):
+        # SAELens has architectures of these names, with other activations
+        written |= {"architecture": f"mpsae_{sae.architecture}", "d_out": config.d_out}
+        written["apply_b_dec_to_input"] = False
     own = {"architecture": sae.architecture, "version": mpsae.__version__, "config": asdict(config)}
     return written | {"metadata": {**_VERSION, **sae.metadata, "mpsae": own}}
 
