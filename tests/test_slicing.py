@@ -7,6 +7,7 @@ from sae_problems import D, K, N, make, rows, shaken, sparse_data, trained
 
 from mpsae import BatchMatchingPursuitConfig, SparseAutoencoder
 from mpsae.integrations.formats import convert
+from mpsae.metrics import fvu
 from mpsae.sae import slicing as slicing_module
 from mpsae.sliced import sliced_pursuit
 
@@ -124,6 +125,17 @@ def test_dead_latents_are_revived_by_all_their_weights(variant):
     assert "aux" in output.losses
     dead = sae.dead_latents()
     assert dead.any()
+    left = rows(6) - output.reconstruction
+    seen = output.code.residual if sae.config.subtract == "encoder" else left
+    tied = sae.config.tied
+    latents = seen @ (sae.dictionary if tied else sae.encoder)[-N:].T
+    latents = (latents if tied else latents + sae.b_enc[-N:]).relu().masked_fill(~dead, 0)
+    values, indices = latents.topk(D // 2)
+    explained = (values[:, :, None] * sae.dictionary[-N:][indices]).sum(1)
+    expected = (
+        sae.config.aux_coefficient * fvu(left, explained) * min(int(dead.sum()) / (D // 2), 1)
+    )
+    assert output.losses["aux"].item() == pytest.approx(expected.item())
     output.losses["aux"].backward()
     gradient = sae.dictionary.grad.reshape(-1, N, D)[-1]
     assert gradient[dead].any()
