@@ -15,7 +15,7 @@ LAYERS = [
     {"mpsae.decode", "mpsae.largest", "mpsae.sparse", "mpsae.metrics"},
     {"mpsae.coselection", "mpsae.fits", "mpsae.reference"},
     {"mpsae.checks", "mpsae.gram", "mpsae.gram_cache", "mpsae.reverse", "mpsae.plan"},
-    {"mpsae.backends", "mpsae.compiled", "mpsae.operator", "mpsae.pursuit"},
+    {"mpsae.backends", "mpsae.compiled", "mpsae.operator", "mpsae.pursuit", "mpsae.sliced"},
     {"mpsae.refit", "mpsae.orthogonal", "mpsae.decomposition"},
     {"mpsae.sae", "mpsae.activations"},
     {"mpsae.training", "mpsae.evaluation", "mpsae.benchmark", "mpsae.integrations"},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from simple_parsing import ArgumentParser
-from table import markdown
+from table import layout, markdown
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()

@@ -84,7 +84,7 @@ def test_the_auxiliary_loss_is_what_dead_latents_leave_of_the_residual(kind, cou
     sae, x = shaken(kind, aux_k=aux_k), rows(7, seed=seed)
     sae.rows_since_fired[:count] = sae.config.dead_after
     residual = rows(7, seed=seed + 1)
-    loss = sae._aux_loss(x, residual, sae.dead_latents())
+    loss = sae._aux_loss(x, residual, sae.dead_latents(), sae.encode(x))
     if not count:
         assert loss == 0
         assert "aux" not in sae(x).losses

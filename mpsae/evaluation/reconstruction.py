@@ -14,10 +14,10 @@ from tqdm import tqdm
 from mpsae.activations import TextConfig, is_causal, record, replace, sequences
 from mpsae.activations.model import check_context
 from mpsae.activations.text import Sequences
-from mpsae.evaluation.steps import is_stepwise, residuals
+from mpsae.evaluation.steps import is_stepwise
 from mpsae.metrics import RunningFVU
-from mpsae.sae import SparseAutoencoder
-from mpsae.sparse import l0
+from mpsae.sae import SparseAutoencoder, Transcoder
+from mpsae.sparse import Pursuit, l0
 
 
 @dataclass
@@ -61,7 +61,8 @@ def evaluate(
     Args:
         sae: of any architecture; put into evaluation mode.
         model, tokenizer: of transformers.
-        hookpoint: whose activations the SAE encodes.
+        hookpoint: whose activations the SAE encodes; of a transcoder the module whose output it
+            makes of its input, and that output is what is measured and replaced.
         text: the dataset; its held-out side is read.
         max_tokens: where to stop, to the next batch.
         batch: sequences at a time.
@@ -81,30 +82,35 @@ def evaluate(
     sae.eval()
     result = Evaluation()
     device = sae.dictionary.device
-    total = RunningFVU(sae.config.d_in)
+    width = len(sae.b_dec)
+    total = RunningFVU(width)
     prefixes: list[RunningFVU] = []
     fired = torch.zeros(sae.config.d_sae, dtype=torch.bool, device=device)
     used = 0
-    mean = torch.zeros(sae.config.d_in, dtype=torch.float64)
+    mean = torch.zeros(width, dtype=torch.float64)
+    source = source_of(sae, hookpoint)
     kept: list[Sequences] = []
     held = sequences(tokenizer, text, "heldout", batch=batch)
     for part in tqdm(held, desc="reconstruction", disable=None if progress else True, leave=False):
-        hidden = record(model, [hookpoint], part.ids, part.attention)[hookpoint]
-        x = hidden[part.mask.to(hidden.device)].float().to(device)
+        hidden = record(model, [source, hookpoint], part.ids, part.attention)
+        x, y = (
+            hidden[h][part.mask.to(model.device)].float().to(device) for h in (source, hookpoint)
+        )
         if not len(x):
             continue
         output = sae(x)
-        total.update(x, x - output.reconstruction)
+        error = y - output.reconstruction
+        total.update(y, error)
         code = output.code
         used += int(l0(code.indices, code.values).sum())
         fired.index_fill_(0, code.indices[code.values != 0], True)
-        mean += x.double().sum(0).cpu()
+        mean += y.double().sum(0).cpu()
         if is_stepwise(code, sae):
-            prefixes = prefixes or [RunningFVU(sae.config.d_in) for _ in code.indices[0]]
+            prefixes = prefixes or [RunningFVU(width) for _ in code.indices[0]]
             for running, residual in zip(
-                reversed(prefixes), residuals(code, sae.dictionary), strict=True
+                reversed(prefixes), _errors(sae, code, error), strict=True
             ):
-                running.update(x, residual)
+                running.update(y, residual)
         kept.append(part)
         result.tokens += len(x)
         if result.tokens >= max_tokens:
@@ -124,6 +130,29 @@ def evaluate(
     return result
 
 
+def source_of(sae: SparseAutoencoder, hookpoint: str) -> str:
+    """Hookpoint that an SAE reads: the module's input for a transcoder.
+
+    Raises:
+        ValueError: a transcoder of what is an input.
+    """
+    if not isinstance(sae, Transcoder):
+        return hookpoint
+    if hookpoint.endswith(":input"):
+        raise ValueError(
+            f"hookpoint {hookpoint!r} is an input; a transcoder makes a module's output"
+        )
+    return f"{hookpoint}:input"
+
+
+def _errors(sae: SparseAutoencoder, code: Pursuit, error: Tensor) -> Iterator[Tensor]:
+    """Error after k, k - 1, ... 1 steps, walked back from the last one."""
+    rows = sae.atom_rows(code.indices)
+    for t in reversed(range(rows.shape[-1])):
+        yield error
+        error = error + code.values[..., t, None] * sae.dictionary[rows[..., t]]
+
+
 def _cross_entropies(
     model: Any,
     hookpoint: str,
@@ -136,34 +165,43 @@ def _cross_entropies(
     functions: list[Callable[[Tensor], Tensor] | None] = [
         None,
         lambda x: sae(x.to(mean.device)).reconstruction.to(x.device),
-        lambda x: mean.to(x.device).expand_as(x),
+        lambda x: mean.to(x.device).expand(len(x), -1),
     ]
+    source = source_of(sae, hookpoint)
     sums, count = [0.0, 0.0, 0.0], 0
     for part in tqdm(kept, desc="cross-entropy", disable=None if progress else True, leave=False):
         targets = part.mask[:, 1:] & part.attention[:, :-1]
         count += int(targets.sum())
         for number, function in enumerate(functions):
-            sums[number] += _cross_entropy(model, hookpoint, part, targets, function)
+            sums[number] += _cross_entropy(model, source, hookpoint, part, targets, function)
     clean, spliced, ablated = (total / count for total in sums)
     return clean, spliced, ablated
 
 
 def _cross_entropy(
     model: Any,
+    source: str,
     hookpoint: str,
     part: Sequences,
     targets: Tensor,
     function: Callable[[Tensor], Tensor] | None,
 ) -> float:
-    """Sum the cross-entropy in nats, the text's activations put through the function."""
+    """Sum the cross-entropy in nats, the text's activations replaced by the function of source."""
     mask = part.mask.to(model.device)
+    read: list[Tensor] = []
+
+    def look(hidden: Tensor) -> Tensor:
+        read[:] = [hidden]
+        return hidden
 
     def spliced(hidden: Tensor) -> Tensor:
         new = hidden.clone()
-        new[mask] = function(hidden[mask].float()).to(hidden.dtype)  # type: ignore[misc]
+        seen = read[0] if source != hookpoint else hidden
+        new[mask] = function(seen[mask].float()).to(hidden.dtype)  # type: ignore[misc]
         return new
 
-    with replace(model, {} if function is None else {hookpoint: spliced}):
+    hooks = {source: look, hookpoint: spliced}  # where both are one, the latter counts
+    with replace(model, {} if function is None else hooks):
         ids = part.ids.to(model.device)
         attention = part.attention.to(model.device)
         logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits

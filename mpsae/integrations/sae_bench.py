@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpsae.sae import MatchingPursuitSAE, SparseAutoencoder
+from mpsae.sae import MatchingPursuitSAE, SparseAutoencoder, Transcoder
 
 
 def wrap(
@@ -123,6 +123,14 @@ def _class(base: Any) -> Any:
         ):
             weights = sae.dictionary
             c = sae.config
+            if isinstance(sae, Transcoder) or getattr(c, "slicing", "none") in (
+                "encoder",
+                "decoder",
+            ):
+                raise ValueError(
+                    "SAEBench has one encoder and one decoder, of the same activations; "
+                    f"this {sae.architecture} does not"
+                )
             place = (weights.device, weights.dtype)
             super().__init__(c.d_in, c.d_sae, model_name, hook_layer, *place, hook_name)
             self.sae = copy.deepcopy(sae).eval().requires_grad_(False)

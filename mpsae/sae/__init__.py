@@ -10,6 +10,14 @@ from mpsae.sae.inference_time import Decoder, read_decoder, with_pursuit
 from mpsae.sae.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
 from mpsae.sae.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from mpsae.sae.topk import TopKConfig, TopKSAE
+from mpsae.sae.transcoder import (
+    MatchingPursuitTranscoder,
+    MatchingPursuitTranscoderConfig,
+    SkipTranscoder,
+    SkipTranscoderConfig,
+    Transcoder,
+    TranscoderConfig,
+)
 
 __all__ = [
     "ARCHITECTURES",
@@ -20,13 +28,19 @@ __all__ = [
     "Decoder",
     "MatchingPursuitConfig",
     "MatchingPursuitSAE",
+    "MatchingPursuitTranscoder",
+    "MatchingPursuitTranscoderConfig",
     "MatryoshkaConfig",
     "MatryoshkaSAE",
     "SAEConfig",
     "SAEOutput",
+    "SkipTranscoder",
+    "SkipTranscoderConfig",
     "SparseAutoencoder",
     "TopKConfig",
     "TopKSAE",
+    "Transcoder",
+    "TranscoderConfig",
     "read_decoder",
     "with_pursuit",
 ]

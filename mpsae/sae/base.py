@@ -122,7 +122,8 @@ class SparseAutoencoder(nn.Module, ABC):
 
     def decode(self, code: SparseCode | Pursuit) -> Tensor:
         """Decode a sparse code ``[..., k]`` into ``[..., d_in]``."""
-        return self._add_b_dec(sparse_decode(code.indices, code.values, self.dictionary))
+        rows = self.atom_rows(code.indices)
+        return self._add_b_dec(sparse_decode(rows, code.values, self.dictionary))
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Encode and decode ``[..., d_in]``, with the losses of training.
@@ -131,17 +132,20 @@ class SparseAutoencoder(nn.Module, ABC):
         explain the residual (AuxK, Gao et al. 2024). Activation checkpointing runs it twice, so
         the counters move twice.
         """
+        return self._forward(x, x)
+
+    def _forward(self, x: Tensor, target: Tensor) -> SAEOutput:
         self._check_input(x)
         code = self.encode(x)
         reconstruction = self._reconstruct(x, code)
-        losses = {"reconstruction": self._reconstruction_loss(x, code, reconstruction)}
+        losses = {"reconstruction": self._reconstruction_loss(target, code, reconstruction)}
         if self.training:
             losses |= self._penalties(x, code)
             self._count_firing(code)
             dead = self.dead_latents()
             # a compiled graph cannot depend on it: without dead latents the loss is 0
             if self.config.aux_coefficient > 0 and (torch.compiler.is_compiling() or dead.any()):
-                aux = self._aux_loss(x, (x - reconstruction).detach(), dead)
+                aux = self._aux_loss(x, (target - reconstruction).detach(), dead, code)
                 losses["aux"] = self.config.aux_coefficient * aux
         return SAEOutput(reconstruction, code, losses)
 
@@ -196,17 +200,19 @@ class SparseAutoencoder(nn.Module, ABC):
     @torch.no_grad()
     def normalize_atoms_(self) -> None:
         """Restore the atoms' unit norm in place; a zero atom stays zero."""
-        norm = self.dictionary.norm(dim=1, keepdim=True)
-        self.dictionary.div_(norm.clamp_min(torch.finfo(norm.dtype).tiny))
+        weight = self._unit_norm_weight()
+        norm = weight.norm(dim=1, keepdim=True)
+        weight.div_(norm.clamp_min(torch.finfo(norm.dtype).tiny))
 
     @torch.no_grad()
     def remove_parallel_gradient_(self) -> None:
         """Take from the dictionary's gradient what only changes the atoms' norms."""
-        if self.dictionary.grad is None:
+        weight = self._unit_norm_weight()
+        if weight.grad is None:
             return
-        n, d = self.dictionary.shape
-        rows = max(1, _PART // d) if self.dictionary.device.type == "cpu" else n
-        pairs = zip(self.dictionary.split(rows), self.dictionary.grad.split(rows), strict=True)
+        n, d = weight.shape
+        rows = max(1, _PART // d) if weight.device.type == "cpu" else n
+        pairs = zip(weight.split(rows), weight.grad.split(rows), strict=True)
         for atoms, grad in pairs:
             square = atoms.square().sum(1, keepdim=True).clamp_min(torch.finfo(atoms.dtype).tiny)
             grad.addcmul_((grad * atoms).sum(1, keepdim=True) / square, atoms, value=-1)
@@ -229,6 +235,13 @@ class SparseAutoencoder(nn.Module, ABC):
     def dead_latents(self) -> Tensor:
         """Which latents have not fired for ``config.dead_after`` rows of training. ``[d_sae]``."""
         return self.rows_since_fired >= self.config.dead_after
+
+    def atom_rows(self, indices: Tensor) -> Tensor:
+        """Rows of the dictionary that the latents ``[..., k]`` of a code stand for."""
+        return indices
+
+    def _unit_norm_weight(self) -> Tensor:
+        return self.dictionary
 
     def _check_input(self, x: Tensor) -> None:
         d_in = self.config.d_in
@@ -253,18 +266,25 @@ class SparseAutoencoder(nn.Module, ABC):
         """Losses of training beside the reconstruction's, by name and already weighted."""
         return {}
 
-    def _encoder_of_dead(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Say what dead latents see, and with which weights and bias."""
+    def _encoder_of_dead(
+        self, x: Tensor, residual: Tensor, code: SparseCode | Pursuit
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Say what dead latents see ``[..., d_in]``, and with which weights and bias."""
         return self._subtract_b_dec(x), self.encoder, self.b_enc
 
-    def _aux_loss(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
-        x, residual = (t.reshape(-1, t.shape[-1]) for t in (x, residual))
-        seen, encoder, bias = self._encoder_of_dead(x, residual)
+    def _decoder_of_dead(self) -> Tensor:
+        return self.dictionary
+
+    def _aux_loss(
+        self, x: Tensor, residual: Tensor, dead: Tensor, code: SparseCode | Pursuit
+    ) -> Tensor:
+        seen, encoder, bias = self._encoder_of_dead(x, residual, code)
+        seen, residual = (t.reshape(-1, t.shape[-1]) for t in (seen, residual))
         wanted = self.config.aux_k or max(1, self.config.d_in // 2)
         with torch.no_grad():
             values, indices = largest_among(seen, encoder, bias, dead, wanted)
         values = chosen_latents(seen, encoder, bias, indices, values)
-        explained = sparse_decode(indices, values, self.dictionary)
+        explained = sparse_decode(indices, values, self._decoder_of_dead())
         # fewer dead latents than wanted explain less, so they weigh less
         share = dead.sum().clamp_max(wanted) / wanted
         return share * residual_fvu(residual, residual - explained)

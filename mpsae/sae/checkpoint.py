@@ -24,6 +24,7 @@ from mpsae.checks import FLOATS
 from mpsae.sae.base import ARCHITECTURES, SAEConfig, SparseAutoencoder
 from mpsae.sae.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
 from mpsae.sae.topk import TopKConfig, TopKSAE
+from mpsae.sae.transcoder import Transcoder
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
@@ -139,6 +140,10 @@ def _written_config(sae: SparseAutoencoder) -> dict[str, Any]:
         written |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
         if settings_besides(sae, refit="none"):
             written["architecture"] = f"mpsae_{sae.architecture}"
+    if isinstance(sae, Transcoder):
+        # SAELens has architectures of these names, with other activations
+        written |= {"architecture": f"mpsae_{sae.architecture}", "d_out": config.d_out}
+        written["apply_b_dec_to_input"] = False
     own = {"architecture": sae.architecture, "version": mpsae.__version__, "config": asdict(config)}
     return written | {"metadata": {**_VERSION, **sae.metadata, "mpsae": own}}
 
@@ -146,8 +151,9 @@ def _written_config(sae: SparseAutoencoder) -> dict[str, Any]:
 def unknown_to_saelens(sae: SparseAutoencoder) -> list[str]:
     """Name the settings, ``name=value``, of a pursuit that SAELens' pursuit does not have."""
     return settings_besides(
-        sae, tied=True, allow_repeats=True, select="relu", correlation_threshold=None, pursuit="mp"
-    )
+        sae, tied=True, allow_repeats=True, select="relu", correlation_threshold=None,
+        pursuit="mp", slicing="none", subtract="dictionary",
+    )  # fmt: skip
 
 
 def settings_besides(sae: SparseAutoencoder, **expected: Any) -> list[str]:

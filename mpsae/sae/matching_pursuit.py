@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,14 +12,18 @@ from mpsae import checks
 from mpsae.coselection import coselection
 from mpsae.metrics import residual_fvu
 from mpsae.orthogonal import nonnegative_refit
-from mpsae.pursuit import Backend, Method, Precision, matching_pursuit
+from mpsae.plan import Backend, Method
+from mpsae.pursuit import Precision
 from mpsae.reference import Select
-from mpsae.sae import fitted
+from mpsae.sae import fitted, slicing
 from mpsae.sae.all_at_once import BeforePursuit, all_at_once
 from mpsae.sae.base import SAEConfig, SparseAutoencoder
 from mpsae.sae.fitted import PursuitKind
 from mpsae.sae.prefixes import prefix_fvu
+from mpsae.sae.slicing import Slicing
 from mpsae.sparse import Pursuit
+
+Subtract = Literal["dictionary", "encoder"]
 
 
 @dataclass(kw_only=True)
@@ -42,6 +46,10 @@ class MatchingPursuitConfig(SAEConfig):
     """relu, max or abs: how the next latent is chosen and valued."""
     detach_residual: bool = False
     """No gradient flows from a step to the steps before it."""
+    slicing: Slicing = "none"
+    """none, both, encoder or decoder: what each step has its own of, see MatchingPursuitSAE."""
+    subtract: Subtract = "dictionary"
+    """dictionary or encoder: what is subtracted from the residual, see MatchingPursuitSAE."""
     coselection_coefficient: float = 0.0
     """Weight of the co-selection penalty, 2 / k times :func:`mpsae.coselection.coselection`: how
     much a latent overlaps with the others of its row. 1 suits k from 6 to 32, 0 is none."""
@@ -75,6 +83,8 @@ class MatchingPursuitConfig(SAEConfig):
             raise ValueError(f"atom_dropout must be in [0, 1), not {self.atom_dropout}")
         checks.thresholds(self.residual_threshold, self.correlation_threshold)
         for name, allowed in (
+            ("slicing", Slicing),
+            ("subtract", Subtract),
             ("select", Select),
             ("precision", Precision),
             ("method", Method),
@@ -82,19 +92,63 @@ class MatchingPursuitConfig(SAEConfig):
         ):
             checks.choice(name, getattr(self, name), get_args(allowed))
         fitted.check(self)
+        if self.subtract == "encoder" and self.tied:
+            raise ValueError("subtract='encoder' needs an encoder of its own: tied=False")
+        if self.slicing != "none" and type(self) is not MatchingPursuitConfig:
+            raise ValueError(
+                f"slicing={self.slicing!r} needs a fixed number of steps, which a "
+                f"{type(self).__name__} does not have"
+            )
+        if self.slicing != "none" or self.subtract == "encoder":
+            self._check_own_weights()
+        plain = self.slicing == "decoder" and self.subtract == "encoder"
+        slicing.check(self, tied=self.tied, plain=plain)
+
+    def _check_own_weights(self) -> None:
+        """Refuse what needs steps over one dictionary that picks, or is, what is subtracted."""
+        for name, plain in (
+            ("pursuit", "mp"),
+            ("atom_dropout", 0.0),
+            ("prefix_loss", False),
+        ):
+            if getattr(self, name) != plain:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not go with slicing={self.slicing!r}, "
+                    f"subtract={self.subtract!r}"
+                )
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Of the weights in fp32; training takes four times that."""
+        encoder_rows, dictionary_rows = slicing.rows_of(self)
+        encoder = 0 if self.tied else encoder_rows * (self.d_in + 1)
+        return 4 * (encoder + (dictionary_rows + 1) * self.d_in)
 
 
 class MatchingPursuitSAE(SparseAutoencoder):
     """SAE whose encoder is matching pursuit: sequential, residual-guided, k steps a row.
 
+    With ``slicing`` each step has weights of its own: with ``"both"`` d_sae / k latents, so that
+    all steps together cost one product with the dictionary; with ``"encoder"`` a whole encoder of
+    d_sae rows, and with ``"decoder"`` a whole dictionary, the other one being shared. Those are
+    ``4 d_in d_sae k`` bytes in fp32 (``config.parameter_bytes``), refused where they exceed a
+    quarter of the free memory. A step in which nothing is positive has the value 0, and the row
+    goes on. :meth:`encode` with a smaller ``k`` uses the first slices. With ``"decoder"`` the t-th
+    place of a code stands for a row of the t-th dictionary, so decode with :meth:`decode`.
+
+    With ``subtract="encoder"`` the encoder's atoms are subtracted and have unit norm; the
+    dictionary, of any norm, only reconstructs.
+
     Args:
         config: :class:`MatchingPursuitConfig`.
 
     Notes:
-        The loss needs no decoding: the residual that the pursuit leaves is the error.
+        The loss needs no decoding where the dictionary is subtracted: the residual that the pursuit
+        leaves is the error.
 
     References:
-        Costa et al., 2025, arXiv 2506.03093.
+        Costa et al., 2025, arXiv 2506.03093. Slices and ``subtract="encoder"``: EleutherAI, 2025,
+        "Matching pursuit SAEs are less interpretable than regular SAEs".
 
     Example:
         >>> sae = MatchingPursuitSAE(MatchingPursuitConfig(d_in=8, d_sae=32, k=3))
@@ -108,12 +162,17 @@ class MatchingPursuitSAE(SparseAutoencoder):
     has_encoder = False
 
     def __init__(self, config: MatchingPursuitConfig):
+        slicing.check_memory(config)
         super().__init__(config)
         # how latents are chosen in training, all at once, until a schedule turns the pursuit on
         self.before_pursuit: BeforePursuit | None = None
         if not config.tied:
-            self.encoder = torch.nn.Parameter(self.dictionary.detach().clone())
-            self.b_enc = torch.nn.Parameter(torch.zeros(config.d_sae))
+            rows = slicing.rows_of(config)
+            atoms = self.dictionary.detach()
+            encoder, dictionary = (atoms.repeat(n // config.d_sae, 1) for n in rows)
+            self.dictionary = torch.nn.Parameter(dictionary)
+            self.encoder = torch.nn.Parameter(encoder)
+            self.b_enc = torch.nn.Parameter(torch.zeros(rows[0]))
 
     def encode(
         self,
@@ -135,6 +194,10 @@ class MatchingPursuitSAE(SparseAutoencoder):
     def _refitted(self, x: Tensor, code: Pursuit) -> Pursuit:
         if self.config.select != "relu":
             raise ValueError(f"refit=True gives no values below 0; select={self.config.select!r}")
+        if self.config.slicing == "decoder":
+            raise ValueError(
+                "refit=True merges latents, and slicing='decoder' has many atoms of each"
+            )
         return nonnegative_refit(self._subtract_b_dec(x), self.dictionary, code)
 
     def _pursue(
@@ -150,36 +213,40 @@ class MatchingPursuitSAE(SparseAutoencoder):
         if residual_threshold is None:
             residual_threshold = c.residual_threshold
         seen = self._subtract_b_dec(x)
-        dictionary = self.dictionary
-        encoder, bias = (None, None) if c.tied else (self.encoder, self.b_enc)
+        atoms, encoder = self.dictionary, None if c.tied else self.encoder
+        bias = None if c.tied else self.b_enc
         if self.training and c.atom_dropout > 0:
-            drawn = torch.rand(c.d_sae, device=dictionary.device) >= c.atom_dropout
-            kept = drawn.to(dictionary.dtype)
+            drawn = torch.rand(c.d_sae, device=atoms.device) >= c.atom_dropout
+            kept = drawn.to(atoms.dtype)
             # an atom of zeros has no correlation, so it gets no value
-            dictionary = dictionary * kept[:, None]
+            atoms = atoms * kept[:, None]
             if encoder is not None:
                 encoder, bias = encoder * kept[:, None], bias * kept
         if self.training and self.before_pursuit is not None:
-            return all_at_once(seen, dictionary, encoder, bias, int(k), self.before_pursuit)
+            return all_at_once(seen, atoms, encoder, bias, int(k), self.before_pursuit)
         if c.pursuit != "mp":
-            return fitted.pursue(seen, dictionary, k, c, correlation_threshold, residual_threshold)
-        return matching_pursuit(
+            return fitted.pursue(seen, atoms, k, c, correlation_threshold, residual_threshold)
+        if c.subtract == "encoder":
+            atoms, encoder = encoder, None
+        return slicing.pursue(
             seen,
-            dictionary,
+            atoms,
             k,
+            c,
             encoder=encoder,
             bias=bias,
             residual_threshold=residual_threshold,
             correlation_threshold=correlation_threshold,
-            stop_on_repeat=c.stop_on_repeat,
-            allow_repeats=c.allow_repeats,
             select=c.select,
             blocks=blocks,
-            detach_residual=c.detach_residual,
-            precision=c.precision,
-            method=c.method,
-            backend=c.backend,
         )
+
+    def atom_rows(self, indices: Tensor) -> Tensor:
+        """Rows of the dictionary that the latents ``[..., k]`` of a code stand for."""
+        return slicing.atom_rows(indices, self.config)
+
+    def _unit_norm_weight(self):
+        return self.encoder if self.config.subtract == "encoder" else self.dictionary
 
     def _subtract_b_dec(self, x):
         return x - self.b_dec if self.config.apply_b_dec_to_input else x
@@ -188,9 +255,11 @@ class MatchingPursuitSAE(SparseAutoencoder):
         return y + self.b_dec if self.config.apply_b_dec_to_input else y
 
     def _reconstruct(self, x, code):
-        return x - code.residual
+        return self.decode(code) if self.config.subtract == "encoder" else x - code.residual
 
     def _reconstruction_loss(self, x, code, reconstruction):
+        if self.config.subtract == "encoder":
+            return super()._reconstruction_loss(x, code, reconstruction)
         if self.config.prefix_loss:
             return prefix_fvu(x, code, self.dictionary)
         return residual_fvu(x, code.residual)
@@ -200,11 +269,18 @@ class MatchingPursuitSAE(SparseAutoencoder):
         if weight == 0:
             return {}
         # the pairs grow with k^2, but what a latent explains, a share of the variance, falls with k
-        overlap = 2 / self.config.k * coselection(code.indices, code.values, self.dictionary)
+        rows = self.atom_rows(code.indices)
+        overlap = 2 / self.config.k * coselection(rows, code.values, self.dictionary)
         return {"coselection": weight * overlap}
 
-    def _encoder_of_dead(self, x, residual):
+    def _encoder_of_dead(self, x, residual, code):
         # a pursuit's next step is on the residual, so dead latents are asked about it
         if self.config.tied:
             return residual, self.dictionary, None
-        return residual, self.encoder, self.b_enc
+        if self.config.subtract == "encoder":
+            residual = code.residual.detach()
+        n = self.config.d_sae  # of several encoders the last one saw what is most like it
+        return residual, self.encoder[-n:], self.b_enc[-n:]
+
+    def _decoder_of_dead(self):
+        return self.dictionary[-self.config.d_sae :]

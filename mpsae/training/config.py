@@ -12,7 +12,13 @@ from simple_parsing import field as option
 from mpsae import checks
 from mpsae.activations import BufferConfig, TextConfig
 from mpsae.activations.model import EMBEDDED
-from mpsae.sae import ARCHITECTURES, MatchingPursuitSAE, SAEConfig, SparseAutoencoder
+from mpsae.sae import (
+    ARCHITECTURES,
+    MatchingPursuitSAE,
+    SAEConfig,
+    SparseAutoencoder,
+    Transcoder,
+)
 from mpsae.sae.all_at_once import BeforePursuit
 from mpsae.training import optimizers
 from mpsae.training.optimizers import OptimizerName
@@ -37,7 +43,8 @@ class TrainConfig:
     hookpoints: list[str] = field(default_factory=lambda: ["layers.2"])
     """Modules whose outputs are encoded (layers.2, layers.2.mlp; with :input their inputs)."""
     architecture: list[str] = field(default_factory=lambda: ["matching_pursuit"])
-    """matching_pursuit, topk, batch_topk, matryoshka; several are trained on the same batches."""
+    """matching_pursuit, topk, batch_topk, matryoshka; transcoder, skip_transcoder, mp_transcoder
+    (from a module's input to its output); several are trained on the same batches."""
     k: int = 32
     """Latents a token."""
     expansion_factor: int = 32
@@ -134,6 +141,12 @@ class TrainConfig:
                 raise ValueError(
                     f"no architecture {name!r}; there are {', '.join(sorted(ARCHITECTURES))}"
                 )
+        for hookpoint in self.hookpoints:
+            if hookpoint.endswith(":input") and any(map(is_transcoder, self.architecture)):
+                raise ValueError(
+                    f"hookpoint {hookpoint!r} is an input; a transcoder reads input and output of "
+                    f"{hookpoint.removesuffix(':input')!r}"
+                )
         optimizers.check(self.optimizer)
         self._check_schedules()
         # twice the batch at least, or the stream could not mix
@@ -206,8 +219,15 @@ class TrainConfig:
             early = step < self.turn_on_mp_step and sae.architecture == "matching_pursuit"
             sae.before_pursuit = self.before_mp if early else None
 
-    def sae_config(self, architecture: str, d_in: int) -> SAEConfig:
-        """Make the config of one SAE.
+    @property
+    def recorded(self) -> list[str]:
+        """Hookpoints whose activations are needed: transcoders read their inputs too."""
+        if not any(map(is_transcoder, self.architecture)):
+            return self.hookpoints
+        return [*self.hookpoints, *map(input_of, self.hookpoints)]
+
+    def sae_config(self, architecture: str, d_in: int, d_out: int | None = None) -> SAEConfig:
+        """Make the config of one SAE; ``d_out`` is of transcoders.
 
         Raises:
             ValueError: ``sae`` names a setting that the architecture does not have, or a value that
@@ -216,7 +236,10 @@ class TrainConfig:
         cls = ARCHITECTURES[architecture].config_class
         options = _parse_options(cls, self.sae)
         d_sae = d_in * self.expansion_factor if self.d_sae is None else self.d_sae
-        config = cls(**{"d_in": d_in, "d_sae": d_sae, "k": self.k, "seed": self.seed} | options)
+        sizes: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae, "k": self.k, "seed": self.seed}
+        if is_transcoder(architecture):
+            sizes["d_out"] = d_out
+        config = cls(**sizes | options)
         if self.turn_on_mp_step and architecture == "matching_pursuit":
             self._check_all_at_once(config)
         return config
@@ -235,9 +258,9 @@ class TrainConfig:
                 f"multiple of k={config.k}"
             )
 
-    def make_sae(self, architecture: str, d_in: int) -> SparseAutoencoder:
+    def make_sae(self, architecture: str, d_in: int, d_out: int | None = None) -> SparseAutoencoder:
         """Make one SAE, untrained."""
-        return ARCHITECTURES[architecture](self.sae_config(architecture, d_in))
+        return ARCHITECTURES[architecture](self.sae_config(architecture, d_in, d_out))
 
     def as_json(self) -> dict[str, Any]:
         """Give the settings as JSON has them."""
@@ -268,10 +291,20 @@ class TrainConfig:
                 )
 
 
+def is_transcoder(architecture: str) -> bool:
+    """Say whether it maps a module's input to its output."""
+    return issubclass(ARCHITECTURES[architecture], Transcoder)
+
+
+def input_of(hookpoint: str) -> str:
+    """Hookpoint of a module's input."""
+    return f"{hookpoint}:input"
+
+
 def _parse_options(cls: type[SAEConfig], pairs: list[str]) -> dict[str, Any]:
     """Read ``name=value`` pairs as the types of the config's fields."""
     hints = get_type_hints(cls)
-    names = [f.name for f in fields(cls) if f.name not in ("d_in", "d_sae", "k", "seed")]
+    names = [f.name for f in fields(cls) if f.name not in ("d_in", "d_out", "d_sae", "k", "seed")]
     options = {}
     for pair in pairs:
         name, sign, text = pair.partition("=")

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from mpsae.activations import ActivationStream, load_language_model, record
 from mpsae.metrics import fvu
-from mpsae.sae import SparseAutoencoder
+from mpsae.sae import SparseAutoencoder, Transcoder
 from mpsae.sparse import l0
 from mpsae.training import state
-from mpsae.training.config import TrainConfig
+from mpsae.training.config import TrainConfig, input_of, is_transcoder
 from mpsae.training.logging import MetricsLog
 from mpsae.training.optimizers import make_optimizer
 
@@ -41,6 +41,18 @@ class Job:
     """Spent on this SAE's steps by this process, the language model's time left out."""
     tokens: int = 0
     """Trained on by this process."""
+
+    def rows(self, batch: dict[str, Tensor]) -> Tensor:
+        """Take this SAE's rows ``[B, d_in]`` of a batch, of a transcoder ``[B, d_in + d_out]``."""
+        if not isinstance(self.sae, Transcoder):
+            return batch[self.hookpoint]
+        return torch.cat([batch[input_of(self.hookpoint)], batch[self.hookpoint]], dim=1)
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Split rows into the arguments of the SAE's forward pass, the last being the target."""
+        if not isinstance(self.sae, Transcoder):
+            return (rows,)
+        return rows.tensor_split([self.sae.config.d_in], dim=1)
 
 
 def pick_device(device: str) -> str:
@@ -101,7 +113,7 @@ def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> l
     stream = ActivationStream(
         model,
         tokenizer,
-        config.hookpoints,
+        config.recorded,
         config.text,
         config.buffer,
         batch=config.batch_tokens or 1,
@@ -178,7 +190,7 @@ class _Run:
             rows = len(next(iter(batch.values())))
             if self.step == 0:
                 for job in self.jobs:
-                    job.sae.initialize_b_dec_(batch[job.hookpoint])
+                    job.sae.initialize_b_dec_(*job.split(job.rows(batch)))
             elif rows < self.stream.batch:  # the text's end: too few rows for a step like the rest
                 return
             yield batch
@@ -188,13 +200,13 @@ class _Run:
         probe = torch.zeros(1, 2, dtype=torch.int64)
         widths = {
             name: rows.shape[-1]
-            for name, rows in record(
-                model, config.hookpoints, probe, torch.ones_like(probe)
-            ).items()
+            for name, rows in record(model, config.recorded, probe, torch.ones_like(probe)).items()
         }
         for architecture in config.architecture:
-            for hookpoint, d_in in widths.items():
-                sae = config.make_sae(architecture, d_in).to(model.device)
+            for hookpoint in config.hookpoints:
+                maps = is_transcoder(architecture)
+                d_in = widths[input_of(hookpoint) if maps else hookpoint]
+                sae = config.make_sae(architecture, d_in, widths[hookpoint]).to(model.device)
                 sae.metadata = {
                     "model_name": config.model,
                     "hook_name": hookpoint,
@@ -226,7 +238,7 @@ class _Run:
         metrics = {}
         for job in self.jobs:
             started = time.perf_counter()
-            values = self._step_one(job, batch[job.hookpoint], logged)
+            values = self._step_one(job, job.rows(batch), logged)
             job.seconds += time.perf_counter() - started
             job.tokens += len(batch[job.hookpoint])
             if logged:
@@ -243,16 +255,17 @@ class _Run:
         bf16 = rows.device.type != "cpu" if config.autocast is None else config.autocast
         sums: dict[str, float] = {}
         parts = rows.chunk(config.accumulate)
-        total = _variance(rows) if len(parts) > 1 else None
-        for number, part in enumerate(parts):
-            share = len(part) / len(rows)
+        total = _variance(job.split(rows)[-1]) if len(parts) > 1 else None
+        for number, part in enumerate(map(job.split, parts)):
+            target = part[-1]
+            share = len(target) / len(rows)
             # a part's FVU is over its own variance; so the sum is the FVU of all rows
-            of_variance = share if total is None else (_variance(part) / total).item()
+            of_variance = share if total is None else (_variance(target) / total).item()
             with (
                 _seeded(sae, (config.seed, self.step, number)),
                 torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=bf16),
             ):
-                output = sae(part)
+                output = sae(*part)
             losses = {
                 name: value * (of_variance if name in _FVUS else share)
                 for name, value in output.losses.items()
@@ -260,7 +273,7 @@ class _Run:
             torch.stack(list(losses.values())).sum().backward()
             if logged:
                 seen = {name: value.item() for name, value in losses.items()}
-                seen["fvu"] = of_variance * fvu(part, output.reconstruction).item()
+                seen["fvu"] = of_variance * fvu(target, output.reconstruction).item()
                 used = l0(output.code.indices, output.code.values).float().mean().item()
                 seen["l0"] = share * used
                 for name, number in seen.items():

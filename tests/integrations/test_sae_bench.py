@@ -17,6 +17,8 @@ from mpsae import (
     MatryoshkaSAE,
     TopKConfig,
     TopKSAE,
+    Transcoder,
+    TranscoderConfig,
 )
 from mpsae.integrations import sae_bench
 
@@ -195,3 +197,17 @@ def test_an_atom_of_zero_is_reported(base):
 def test_the_hosts_own_check_passes(name, base, capsys):
     sae_bench.wrap(make(name), "gpt2", 6).test_sae("gpt2")
     assert "average l0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "sae",
+    [
+        MP(MPConfig(d_in=D, d_sae=N, k=4, slicing="encoder", tied=False)),
+        MP(MPConfig(d_in=D, d_sae=N, k=4, slicing="decoder", tied=False)),
+        Transcoder(TranscoderConfig(d_in=D, d_sae=N, k=4)),
+    ],
+    ids=lambda sae: getattr(sae.config, "slicing", sae.architecture),
+)
+def test_what_is_no_one_encoder_and_decoder_is_refused(sae):
+    with pytest.raises(ValueError, match=f"this {sae.architecture} does not"):
+        sae_bench.wrap(sae, "tiny", 1)

@@ -25,7 +25,7 @@ def refuse_architecture(sae: SparseAutoencoder, package: str) -> None:
             f"a {sae.architecture} SAE is not converted to {package}; "
             "only matching_pursuit and topk are"
         )
-    refuse_besides(sae, package, pursuit="mp", refit="none")
+    refuse_besides(sae, package, pursuit="mp", refit="none", slicing="none", subtract="dictionary")
 
 
 def refuse_besides(sae: SparseAutoencoder, package: str, **expected: Any) -> None:
