@@ -93,9 +93,8 @@ def evaluate(
     held = sequences(tokenizer, text, "heldout", batch=batch)
     for part in tqdm(held, desc="reconstruction", disable=None if progress else True, leave=False):
         hidden = record(model, [source, hookpoint], part.ids, part.attention)
-        x, y = (
-            hidden[h][part.mask.to(model.device)].float().to(device) for h in (source, hookpoint)
-        )
+        both = (hidden[source], hidden[hookpoint])
+        x, y = (h[part.mask.to(h.device)].float().to(device) for h in both)
         if not len(x):
             continue
         output = sae(x)
