@@ -14,10 +14,10 @@ from tqdm import tqdm
 from mpsae.activations import TextConfig, is_causal, record, replace, sequences
 from mpsae.activations.model import check_context
 from mpsae.activations.text import Sequences
-from mpsae.evaluation.steps import is_stepwise
+from mpsae.evaluation.steps import errors_of_steps, is_stepwise
 from mpsae.metrics import RunningFVU
 from mpsae.sae import SparseAutoencoder, Transcoder
-from mpsae.sparse import Pursuit, l0
+from mpsae.sparse import l0
 
 
 @dataclass
@@ -107,7 +107,7 @@ def evaluate(
         if is_stepwise(code, sae):
             prefixes = prefixes or [RunningFVU(width) for _ in code.indices[0]]
             for running, residual in zip(
-                reversed(prefixes), _errors(sae, code, error), strict=True
+                reversed(prefixes), errors_of_steps(sae, code, error), strict=True
             ):
                 running.update(y, residual)
         kept.append(part)
@@ -142,14 +142,6 @@ def source_of(sae: SparseAutoencoder, hookpoint: str) -> str:
             f"hookpoint {hookpoint!r} is an input; a transcoder makes a module's output"
         )
     return f"{hookpoint}:input"
-
-
-def _errors(sae: SparseAutoencoder, code: Pursuit, error: Tensor) -> Iterator[Tensor]:
-    """Error after k, k - 1, ... 1 steps, walked back from the last one."""
-    rows = sae.atom_rows(code.indices)
-    for t in reversed(range(rows.shape[-1])):
-        yield error
-        error = error + code.values[..., t, None] * sae.dictionary[rows[..., t]]
 
 
 def _cross_entropies(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpsae.metrics import residual_fvu
-from mpsae.sae import SparseAutoencoder
+from mpsae.sae import SparseAutoencoder, Transcoder
 from mpsae.sparse import Pursuit, l0
 
 
@@ -37,7 +37,7 @@ def fvu_per_step(sae: SparseAutoencoder, x: Tensor) -> StepCurve:
             each step, so that those of the last step say nothing of the others.
 
     Notes:
-        2 k d FLOP a row on top of the pursuit; one residual ``[B, d]`` at a time.
+        2 k d FLOP a row on top of the pursuit; one error ``[B, d]`` at a time.
 
     Example:
         >>> from mpsae import MatchingPursuitConfig, MatchingPursuitSAE
@@ -46,10 +46,13 @@ def fvu_per_step(sae: SparseAutoencoder, x: Tensor) -> StepCurve:
         >>> curve.fvu[0] > curve.fvu[1] > curve.fvu[2], curve.l0[0]
         (True, 1.0)
     """
-    code = sae.eval().encode(x)
+    if isinstance(sae, Transcoder):
+        raise ValueError(f"a {sae.architecture} makes no reconstruction of its input")
+    _, code, _ = output = sae.eval()(x)
     if not is_stepwise(code, sae):
         raise ValueError(f"a {sae.architecture} SAE of these settings has no steps to stop after")
-    errors = [residual_fvu(x, residual).item() for residual in residuals(code, sae.dictionary)]
+    walk = errors_of_steps(sae, code, x - output.reconstruction)
+    errors = [residual_fvu(x, error).item() for error in walk]
     counts = [
         l0(code.indices[..., :t], code.values[..., :t]).double().mean().item()
         for t in range(1, len(errors) + 1)
@@ -62,9 +65,9 @@ def is_stepwise(code: object, sae: SparseAutoencoder) -> TypeGuard[Pursuit]:
     return isinstance(code, Pursuit) and getattr(sae.config, "pursuit", "mp") == "mp"
 
 
-def residuals(code: Pursuit, dictionary: Tensor) -> Iterator[Tensor]:
-    """Residual after k, k - 1, ... 1 steps, walked back from the last one."""
-    residual = code.residual
-    for t in reversed(range(code.indices.shape[-1])):
-        yield residual
-        residual = residual + code.values[..., t, None] * dictionary[code.indices[..., t]]
+def errors_of_steps(sae: SparseAutoencoder, code: Pursuit, error: Tensor) -> Iterator[Tensor]:
+    """Error after k, k - 1, ... 1 steps, walked back from the last one's, ``[..., d]``."""
+    rows = sae.atom_rows(code.indices)
+    for t in reversed(range(rows.shape[-1])):
+        yield error
+        error = error + code.values[..., t, None] * sae.dictionary[rows[..., t]]

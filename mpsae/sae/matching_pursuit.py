@@ -195,9 +195,7 @@ class MatchingPursuitSAE(SparseAutoencoder):
         if self.config.select != "relu":
             raise ValueError(f"refit=True gives no values below 0; select={self.config.select!r}")
         if self.config.slicing == "decoder":
-            raise ValueError(
-                "refit=True merges latents, and slicing='decoder' has many atoms of each"
-            )
+            raise ValueError("refit=True: with slicing='decoder' a latent has several atoms")
         return nonnegative_refit(self._subtract_b_dec(x), self.dictionary, code)
 
     def _pursue(
@@ -213,8 +211,8 @@ class MatchingPursuitSAE(SparseAutoencoder):
         if residual_threshold is None:
             residual_threshold = c.residual_threshold
         seen = self._subtract_b_dec(x)
-        atoms, encoder = self.dictionary, None if c.tied else self.encoder
-        bias = None if c.tied else self.b_enc
+        atoms: Tensor = self.dictionary
+        encoder, bias = (None, None) if c.tied else (self.encoder, self.b_enc)
         if self.training and c.atom_dropout > 0:
             drawn = torch.rand(c.d_sae, device=atoms.device) >= c.atom_dropout
             kept = drawn.to(atoms.dtype)
@@ -227,7 +225,7 @@ class MatchingPursuitSAE(SparseAutoencoder):
         if c.pursuit != "mp":
             return fitted.pursue(seen, atoms, k, c, correlation_threshold, residual_threshold)
         if c.subtract == "encoder":
-            atoms, encoder = encoder, None
+            atoms, encoder = self.encoder, None
         return slicing.pursue(
             seen,
             atoms,
