@@ -28,23 +28,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from save import RESULTS, device_name, save
 from tradeoff import Run, judge
 
+from mpsae import with_pursuit
 from mpsae.activations import ActivationStream, BufferConfig, load_language_model
 from mpsae.benchmark import interleave
 from mpsae.training import TrainConfig, pick_device
 from mpsae.training.loop import learning_rate
 
-HOOKPOINTS = ("layers.2", "layers.2.mlp")
+RESIDUAL, MLP, TRANSCODED = "layers.2", "layers.2.mlp", "layers.2.mlp, input to output"
+RECORDED = [RESIDUAL, MLP, f"{MLP}:input"]
 
 
 class Variant(NamedTuple):
-    """One column of the study: its name there, the architecture here and its settings."""
+    """One line of the study: its name there, the architecture here and its settings."""
 
     name: str
     architecture: str
     settings: tuple[str, ...] = ()
 
 
-VARIANTS = (
+SAES = (
     Variant("TopK", "topk"),
     Variant("BatchTopK", "batch_topk"),
     Variant("Matryoshka", "matryoshka"),
@@ -52,9 +54,33 @@ VARIANTS = (
     Variant("MP, untied", "matching_pursuit", ("tied=false",)),
     Variant("MP, no repeats", "matching_pursuit", ("allow_repeats=false",)),
     Variant("MP, residual detached", "matching_pursuit", ("detach_residual=true",)),
+    Variant("MP, sliced", "matching_pursuit", ("slicing=both",)),
+    Variant("MP, sliced, untied", "matching_pursuit", ("slicing=both", "tied=false")),
+    Variant("MP, encoder subtracted", "matching_pursuit", ("tied=false", "subtract=encoder")),
+    Variant("MP, loss of all steps", "matching_pursuit", ("prefix_loss=true",)),
+    Variant("non-negative OMP", "matching_pursuit", ("pursuit=nonnegative_omp",)),
+    Variant("gradient pursuit", "matching_pursuit", ("pursuit=gradient",)),
     Variant("BatchMP", "batch_matching_pursuit"),
     Variant("BatchMP, penalty", "batch_matching_pursuit", ("coselection_coefficient=1.0",)),
 )
+TRANSCODERS = (
+    Variant("TopK transcoder", "transcoder"),
+    Variant("TopK skip transcoder", "skip_transcoder"),
+    Variant("MP transcoder", "mp_transcoder"),
+    Variant("MP transcoder, sliced", "mp_transcoder", ("slicing=both",)),
+    Variant("MP, encoder not normalised", "mp_transcoder", ("form=unnormalized_encoder",)),
+    Variant("MP, second decoder subtracted", "mp_transcoder", ("form=separate_decoder",)),
+    Variant("MP, decoder subtracted", "mp_transcoder", ("form=primary_decoder",)),
+)
+GROUPS = {RESIDUAL: SAES, MLP: SAES, TRANSCODED: TRANSCODERS}
+ITO = {"TopK, ITO by MP": "mp", "TopK, ITO by gradient pursuit": "gradient"}
+
+
+def rows_of(batch: dict[str, Tensor], group: str) -> tuple[Tensor, ...]:
+    """Give what an SAE of a group is trained on; a transcoder's input and output."""
+    if group == TRANSCODED:
+        return batch[f"{MLP}:input"], batch[MLP]
+    return (batch[group],)
 
 
 def config_of(variant: Variant, k: int, tokens: int) -> TrainConfig:
@@ -73,7 +99,7 @@ def config_of(variant: Variant, k: int, tokens: int) -> TrainConfig:
 def batches(config: TrainConfig, tokens: int, side: str, model: Any) -> Iterator[dict[str, Tensor]]:
     """Activations of all hookpoints, so many tokens in all, the text read again as needed."""
     stream = ActivationStream(
-        *model, list(HOOKPOINTS), config.text, config.buffer, batch=config.batch_tokens, side=side,
+        *model, RECORDED, config.text, config.buffer, batch=config.batch_tokens, side=side,
         repeat=True,
     )  # fmt: skip
     return islice(stream, max(1, tokens // config.batch_tokens))
@@ -84,14 +110,14 @@ def train(configs: dict[Any, TrainConfig], stream: Any, steps: int) -> dict[Any,
     runs: dict[Any, Run] = {}
     for step, batch in enumerate(tqdm(stream, total=steps, unit="step", disable=None)):
         for key, config in configs.items():
-            x = batch[key[0]]
+            rows = rows_of(batch, key[0])
             if step == 0:
-                sae = config.make_sae(config.architecture[0], x.shape[1]).to(x.device)
-                sae.initialize_b_dec_(x)
+                sae = config.make_sae(config.architecture[0], rows[0].shape[1]).to(rows[0].device)
+                sae.initialize_b_dec_(*rows)
                 runs[key] = Run(sae, config)
             for group in runs[key].optimizer.param_groups:
                 group["lr"] = learning_rate(config, step, steps)
-            runs[key].step(x)
+            runs[key].step(*rows)
     return runs
 
 
@@ -107,10 +133,10 @@ def main(argv: list[str] | None = None) -> int:
     tokens = options.max_tokens
     model = load_language_model(device=pick_device("auto"))
     configs = {
-        (hookpoint, k, variant.name): config_of(variant, k, tokens)
-        for hookpoint in HOOKPOINTS
+        (group, k, variant.name): config_of(variant, k, tokens)
+        for group, variants in GROUPS.items()
         for k in options.k
-        for variant in VARIANTS
+        for variant in variants
     }
     first = next(iter(configs.values()))
     steps = max(1, tokens // (first.batch_tokens or 1))
@@ -118,26 +144,31 @@ def main(argv: list[str] | None = None) -> int:
     first.buffer = BufferConfig(buffer_tokens=2 * (first.batch_tokens or 1))  # no need to mix
     heldout = list(batches(first, options.heldout_tokens, "heldout", model))
     rows = []
-    for hookpoint in HOOKPOINTS:
-        own = [batch[hookpoint] for batch in heldout]
+    for group, variants in GROUPS.items():
+        own = [rows_of(batch, group) for batch in heldout]
+        inputs, targets = [rows[0] for rows in own], [rows[-1] for rows in own]
         for k in options.k:
-            here = {v.name: runs[hookpoint, k, v.name] for v in VARIANTS}
-            judged = {name: judge(run.sae, own) for name, run in here.items()}
-            x = own[0]
+            here = {v.name: runs[group, k, v.name] for v in variants}
+            judged = {name: judge(run.sae, inputs, targets) for name, run in here.items()}
             times = interleave(
-                {name: partial(run.step, x) for name, run in here.items()},
+                {name: partial(run.step, *own[0]) for name, run in here.items()},
                 options.repetitions, patience=2.0,
             )  # fmt: skip
-            for name, run in here.items():
-                row = {"hookpoint": hookpoint, "variant": name, "B": len(x), "d": x.shape[1]}
-                row |= {"n": run.sae.config.d_sae, "k": k} | judged[name]
+            if "TopK" in here:  # trained as TopK, judged with another encoder
+                for name, method in ITO.items():
+                    judged[name] = judge(with_pursuit(here["TopK"].sae, method), inputs)
+                    times[name] = times["TopK"]
+            for name, found in judged.items():
+                row = {"hookpoint": group, "variant": name, "B": len(inputs[0])}
+                row |= {"d": inputs[0].shape[1], "n": 8 * inputs[0].shape[1], "k": k} | found
                 rows.append(row | {"step": asdict(times[name])})
                 print(
-                    f"{hookpoint:<14}k={k:<5}{name:<24}fvu {judged[name]['fvu']:.4f}  "
-                    f"l0 {judged[name]['l0']:>6.1f}  dead {judged[name]['dead_fraction']:.3f}  "
-                    f"step {1e3 * times[name].median:.1f} ms"
+                    f"{group:<31}k={k:<5}{name:<31}fvu {found['fvu']:.4f}  "
+                    f"l0 {found['l0']:>6.1f}  dead {found['dead_fraction']:.3f}  "
+                    f"step {1e3 * times[name].median:.1f} ms",
+                    flush=True,
                 )
-    result = {"max_tokens": tokens, "heldout_tokens": sum(map(len, own)), "rows": rows}
+    result = {"max_tokens": tokens, "heldout_tokens": sum(map(len, inputs)), "rows": rows}
     print(save(f"{device_name()}-study", result, options.out))
     return 0
 

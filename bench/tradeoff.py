@@ -49,9 +49,9 @@ class Run:
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
         sae.constrain(self.optimizer)
 
-    def step(self, x: Tensor) -> None:
-        """Train on a batch, as :func:`mpsae.training.train` does."""
-        self.sae.train()(x).loss.backward()
+    def step(self, *rows: Tensor) -> None:
+        """Train on a batch, as :func:`mpsae.training.train` does; ``(x, y)`` of a transcoder."""
+        self.sae.train()(*rows).loss.backward()
         torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -98,14 +98,17 @@ def train(configs: list[TrainConfig], batches: Iterable[Tensor], steps: int) -> 
 
 
 @torch.no_grad()
-def judge(sae: SparseAutoencoder, batches: list[Tensor]) -> dict[str, float]:
-    """Held-out FVU, mean number of latents, and latents that never fire."""
+def judge(
+    sae: SparseAutoencoder, batches: list[Tensor], targets: list[Tensor] | None = None
+) -> dict[str, float]:
+    """Held-out FVU (of the targets, for a transcoder), mean number of latents, dead latents."""
     sae.eval()
-    total, used, tokens = RunningFVU(sae.config.d_in), 0, 0
+    targets = batches if targets is None else targets
+    total, used, tokens = RunningFVU(targets[0].shape[1]), 0, 0
     fired = torch.zeros(sae.config.d_sae, dtype=torch.bool, device=batches[0].device)
-    for x in batches:
+    for x, target in zip(batches, targets, strict=True):
         output = sae(x)
-        total.update(x, x - output.reconstruction)
+        total.update(target, target - output.reconstruction)
         code = output.code
         used += int(l0(code.indices, code.values).sum())
         fired[code.indices[code.values != 0]] = True

@@ -138,8 +138,9 @@ def step(backend, kind, dead=0, autocast=None):
         sae = MatchingPursuitSAE(MatchingPursuitConfig(**sizes, backend=backend))
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
     sae.constrain(optimizer)
-    config = SimpleNamespace(lr=1e-3, warmup_steps=1, decay_fraction=0.0, autocast=autocast,
-                             accumulate=1, clip_grad_norm=1.0)  # fmt: skip
+    config = loop.TrainConfig(
+        architecture=["topk"], k=1, lr=1e-3, warmup_steps=1, decay_fraction=0.0, autocast=autocast
+    )
     run, job = SimpleNamespace(config=config, step=1, steps=None), loop.Job("", "", sae, optimizer)
     rows = torch.randn(16, 24, generator=torch.Generator().manual_seed(2))
 

@@ -72,7 +72,8 @@ class BatchMatchingPursuitSAE(MatchingPursuitSAE):
         >>> sae = BatchMatchingPursuitSAE(BatchMatchingPursuitConfig(d_in=8, d_sae=32, k=3))
         >>> x = torch.randn(500, 8)
         >>> sae.calibrate(x)
-        >>> round((sae.eval().encode(x).values > 0).sum().item() / 500, 1)
+        >>> code = sae.eval().encode(x)
+        >>> round(l0(code.indices, code.values).float().mean().item(), 1)
         3.0
     """
 

@@ -115,8 +115,9 @@ def pursue(
         return p._replace(indices=p.indices % c.d_sae)
     p = matching_pursuit(
         x, atoms, k, encoder=encoder, bias=bias, residual_threshold=residual_threshold,
-        correlation_threshold=correlation_threshold, select=select, blocks=blocks, allow_repeats=c.allow_repeats,
-        stop_on_repeat=c.stop_on_repeat, detach_residual=c.detach_residual, precision=c.precision,
+        correlation_threshold=correlation_threshold, select=select, blocks=blocks,
+        allow_repeats=c.allow_repeats, stop_on_repeat=c.stop_on_repeat,
+        detach_residual=c.detach_residual, precision=c.precision,
         method=c.method, backend=c.backend,
     )  # fmt: skip
     if c.slicing != "none" and p.indices.shape[-1] > c.k:
