@@ -5,7 +5,7 @@ HOSTS ?= .venv-hosts
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-integrations lint bench test-slow test-gpu bench-gpu plots aot snapshot clean
+.PHONY: demo test test-integrations lint bench test-slow test-gpu bench-gpu plots study recovery aot snapshot clean
 
 demo: $(READY)
 	@echo "== demo: train MP and TopK SAEs on the embedded model and compare them"
@@ -44,6 +44,14 @@ bench-gpu:
 plots: $(READY)
 	@echo "== the README's pictures from bench/results"
 	@$(BIN)/python bench/plot.py
+
+study: $(READY)
+	@echo "== every variant of the studies on the embedded model, a quarter of an hour"
+	@$(BIN)/python bench/study.py
+
+recovery: $(READY)
+	@echo "== which SAEs recover the features that synthetic data are made of"
+	@$(BIN)/python bench/recovery.py
 
 aot: $(READY)
 	@echo "== Triton kernels compiled ahead of time: registers, spills, shared memory"

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from recovery import table as recovery_table
 from simple_parsing import ArgumentParser
 from table import layout, markdown
 
@@ -19,15 +20,21 @@ COMMANDS = [
 ]
 
 
+def recovery_lines(path):
+    return recovery_table(json.loads(path.read_text())["rows"]).splitlines()
+
+
 def test_the_python_example_runs():
     example, *others = re.findall(r"```python\n(.*?)```", TEXT, flags=re.S)
-    assert all("mpsae.integrations" in other for other in others)  # they need the hosts
+    own = [other for other in others if "mpsae.integrations" not in other]  # those need the hosts
     assert len([line for line in example.splitlines() if line.strip()]) <= 12
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
     p, sae, x = names["p"], names["sae"], names["x"]
     whole = p.residual + p.reconstruct(sae.dictionary)
     assert (whole - (x - sae.b_dec)).abs().max() < 1e-5
+    for other in own:
+        exec(compile(other, "README.md", "exec"), names)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -60,6 +67,15 @@ def test_the_other_tables_are_those_of_their_results(kind):
     assert names, f"the README names no results of {kind}"
     for line in layout(ROOT / names[0]):
         assert line in TEXT.splitlines(), line
+
+
+def test_the_table_of_recovery_is_that_of_its_results():
+    for line in (ROOT / "bench/RECOVERY.md").read_text().splitlines():
+        if line.startswith("| ") and " ± " in line:
+            assert line in recovery_lines(ROOT / "bench/results/recovery.json"), line
+    shown = [line for line in TEXT.splitlines() if " ± " in line]
+    assert len(shown) >= 6
+    assert set(shown) <= set(recovery_lines(ROOT / "bench/results/recovery.json"))
 
 
 def test_the_speed_table_is_that_of_the_results():

@@ -278,7 +278,7 @@ class MatchingPursuitSAE(SparseAutoencoder):
         if self.config.subtract == "encoder":
             residual = code.residual.detach()
         n = self.config.d_sae  # of several encoders the last one saw what is most like it
-        return residual, self.encoder[-n:], self.b_enc[-n:]
+        return residual, slicing.last(self.encoder, n), slicing.last(self.b_enc, n)
 
     def _decoder_of_dead(self):
-        return self.dictionary[-self.config.d_sae :]
+        return slicing.last(self.dictionary, self.config.d_sae)

@@ -125,6 +125,11 @@ def pursue(
     return p
 
 
+def last(rows: Tensor, n: int) -> Tensor:
+    """Give the last ``n`` rows; all of them as they are, as a slice has a gradient of its own."""
+    return rows if len(rows) == n else rows[-n:]
+
+
 def atom_rows(indices: Tensor, c: Any) -> Tensor:
     """Rows of the dictionary that latents ``[..., k]`` stand for, the t-th in the t-th step's."""
     if c.slicing != "decoder":

@@ -286,7 +286,7 @@ class MatchingPursuitTranscoder(Transcoder):
 
     def _encoder_of_dead(self, x, residual, code):
         n = self.config.d_sae
-        return code.residual.detach(), self.encoder[-n:], self.b_enc[-n:]
+        return code.residual.detach(), slicing.last(self.encoder, n), slicing.last(self.b_enc, n)
 
     def _decoder_of_dead(self):
-        return self.dictionary[-self.config.d_sae :]
+        return slicing.last(self.dictionary, self.config.d_sae)
