@@ -13,6 +13,8 @@ their values are zero being constant.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ DEPENDENT = 1e-6
 """Share of its squared norm that an atom's squared distance from those chosen must exceed."""
 
 
-class Fit:
+class Fit(ABC):
     """A rule that gives all chosen atoms their values, fed one atom a step.
 
     Args:
@@ -64,9 +66,9 @@ class Fit:
         self.values = torch.where(active[:, None], self.fitted(before), before)
         return self.values.to(self.x.dtype)
 
+    @abstractmethod
     def fitted(self, values: Tensor) -> Tensor:
         """Fit: values ``[B, t]`` from those before, the last of which is 0."""
-        raise NotImplementedError
 
 
 class LeastSquares(Fit):
