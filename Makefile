@@ -48,6 +48,7 @@ plots: $(READY)
 study: $(READY)
 	@echo "== every variant of the studies on the embedded model, a quarter of an hour"
 	@$(BIN)/python bench/study.py
+	@$(BIN)/python bench/study_plot.py
 
 recovery: $(READY)
 	@echo "== which SAEs recover the features that synthetic data are made of"
