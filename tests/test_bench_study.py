@@ -9,24 +9,12 @@ import torch
 
 
 def test_the_study_runs_and_its_results_are_drawn(monkeypatch, tmp_path):
-    few = {
-        study.MLP: (study.SAES[0], study.Variant("MP, sliced", "matching_pursuit", ("slicing=both",))),
-        study.TRANSCODED: study.TRANSCODERS[:1],
-    }  # fmt: skip
+    sliced = study.Variant("MP, sliced", "matching_pursuit", ("slicing=both",))
+    few = {study.MLP: (study.SAES[0], sliced), study.TRANSCODED: study.TRANSCODERS[:1]}
     monkeypatch.setattr(study, "GROUPS", few)
-    call = [
-        "-k",
-        "8",
-        "16",
-        "--max_tokens",
-        "8192",
-        "--heldout_tokens",
-        "4096",
-        "--repetitions",
-        "1",
-        "--out",
-    ]
-    assert study.main([*call, str(tmp_path)]) == 0
+    call = "-k 8 16 --max_tokens 8192 --heldout_tokens 4096 --repetitions 1 --out"
+    call = [*call.split(), str(tmp_path)]
+    assert study.main(call) == 0
     (file,) = tmp_path.glob("*-study.json")
     rows = json.loads(file.read_text())["rows"]
     assert len(rows) == 2 * (2 + len(study.ITO) + 1)
