@@ -46,7 +46,7 @@ plots: $(READY)
 	@$(BIN)/python bench/plot.py
 
 study: $(READY)
-	@echo "== every variant of the studies on the embedded model, a quarter of an hour"
+	@echo "== every variant of the studies on the embedded model, half an hour and more"
 	@$(BIN)/python bench/study.py
 	@$(BIN)/python bench/study_plot.py
 
