@@ -107,11 +107,12 @@ class BatchMatchingPursuitSAE(MatchingPursuitSAE):
 
         ``refit`` as in :meth:`MatchingPursuitSAE.encode`.
         """
-        if self.training and self.threshold < 0:
+        threshold = float(self.threshold)
+        if self.training and threshold < 0:
             self.calibrate(x)
+            threshold = float(self.threshold)
         steps = self.max_steps if k is None else k
-        threshold = max(0.0, float(self.threshold))
-        code = self._pursue(x, steps, threshold, residual_threshold, self.sizes)
+        code = self._pursue(x, steps, max(0.0, threshold), residual_threshold, self.sizes)
         if self.training:
             self._learn_threshold(_mean_l0(code))
         return self._refitted(x, code) if refit else code
