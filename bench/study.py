@@ -5,14 +5,16 @@
 
 After EleutherAI's study of matching-pursuit SAEs (2025), scaled down: the residual stream and the
 MLP output of a middle layer, expansion 8, Adam at 1e-3 with 100 warm-up steps at most. All variants
-of a hookpoint see the same batches; held out are other modules of the same text. The time of a
-step is measured in turns at the end. Writes results/<device>-study.json.
+of a hookpoint see the same batches; held out are other modules of the same text. What is trained
+is kept in --runs, so that a run which was stopped goes on. The time of a step is measured in turns
+at the end, on a machine that should do nothing else then. Writes results/<device>-study.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -20,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,11 +34,15 @@ from tradeoff import Run, judge
 from mpsae import with_pursuit
 from mpsae.activations import ActivationStream, BufferConfig, load_language_model
 from mpsae.benchmark import interleave
+from mpsae.sae.checkpoint import renamed
 from mpsae.training import TrainConfig, pick_device
 from mpsae.training.loop import learning_rate
 
 RESIDUAL, MLP, TRANSCODED = "layers.2", "layers.2.mlp", "layers.2.mlp, input to output"
 RECORDED = [RESIDUAL, MLP, f"{MLP}:input"]
+BATCH = 1024
+
+Key = tuple[str, int, str]  # hookpoint, k, name of the variant
 
 
 class Variant(NamedTuple):
@@ -44,6 +51,7 @@ class Variant(NamedTuple):
     name: str
     architecture: str
     settings: tuple[str, ...] = ()
+    largest_k: int | None = None
 
 
 SAES = (
@@ -59,7 +67,8 @@ SAES = (
     Variant("MP, encoder subtracted", "matching_pursuit", ("tied=false", "subtract=encoder")),
     Variant("MP, loss of all steps", "matching_pursuit", ("prefix_loss=true",)),
     Variant("non-negative OMP", "matching_pursuit", ("pursuit=nonnegative_omp",)),
-    Variant("gradient pursuit", "matching_pursuit", ("pursuit=gradient",)),
+    # a row's backward pass takes k^3: seconds a step at k = 128
+    Variant("gradient pursuit", "matching_pursuit", ("pursuit=gradient",), largest_k=64),
     Variant("BatchMP", "batch_matching_pursuit"),
     Variant("BatchMP, penalty", "batch_matching_pursuit", ("coselection_coefficient=1.0",)),
 )
@@ -91,7 +100,8 @@ def config_of(variant: Variant, k: int, tokens: int) -> TrainConfig:
         expansion_factor=8,
         sae=[f"dead_after={max(1, tokens // 5)}", *variant.settings],
         max_tokens=tokens,
-        warmup_steps=min(100, max(1, tokens // 2048 // 5)),
+        batch_tokens=BATCH,
+        warmup_steps=min(100, max(1, tokens // BATCH // 5)),
         buffer=BufferConfig(buffer_tokens=min(2**16, tokens)),
     )
 
@@ -99,25 +109,51 @@ def config_of(variant: Variant, k: int, tokens: int) -> TrainConfig:
 def batches(config: TrainConfig, tokens: int, side: str, model: Any) -> Iterator[dict[str, Tensor]]:
     """Activations of all hookpoints, so many tokens in all, the text read again as needed."""
     stream = ActivationStream(
-        *model, RECORDED, config.text, config.buffer, batch=config.batch_tokens, side=side,
+        *model, RECORDED, config.text, config.buffer, batch=BATCH, side=side,
         repeat=True,
     )  # fmt: skip
-    return islice(stream, max(1, tokens // config.batch_tokens))
+    return islice(stream, max(1, tokens // BATCH))
 
 
-def train(configs: dict[Any, TrainConfig], stream: Any, steps: int) -> dict[Any, Run]:
-    """Train all on the same batches: by hookpoint, k and variant."""
-    runs: dict[Any, Run] = {}
-    for step, batch in enumerate(tqdm(stream, total=steps, unit="step", disable=None)):
-        for key, config in configs.items():
-            rows = rows_of(batch, key[0])
-            if step == 0:
-                sae = config.make_sae(config.architecture[0], rows[0].shape[1]).to(rows[0].device)
-                sae.initialize_b_dec_(*rows)
-                runs[key] = Run(sae, config)
-            for group in runs[key].optimizer.param_groups:
-                group["lr"] = learning_rate(config, step, steps)
-            runs[key].step(*rows)
+def train(config: TrainConfig, batches: list[tuple[Tensor, ...]]) -> Run:
+    """Train one variant on all batches."""
+    first = batches[0]
+    sae = config.make_sae(config.architecture[0], first[0].shape[1]).to(first[0].device)
+    sae.initialize_b_dec_(*first)
+    run = Run(sae, config)
+    for step, rows in enumerate(tqdm(batches, unit="step", disable=None, leave=False)):
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, len(batches))
+        run.step(*rows)
+    return run
+
+
+def trained(
+    configs: dict[Key, TrainConfig], stream: Iterator[dict[str, Tensor]], folder: Path
+) -> dict[Key, Run]:
+    """Train all on the same batches, or read what is in the folder: by hookpoint, k and variant."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {key: folder / f"{' '.join(map(str, key))}.pt" for key in configs}
+    runs: dict[Key, Run] = {}
+    batches = list(stream)
+    for number, (key, config) in enumerate(configs.items(), 1):
+        group, k, name = key
+        start = time.perf_counter()
+        if files[key].exists():
+            d_in = rows_of(batches[0], group)[0].shape[1]
+            sae = config.make_sae(config.architecture[0], d_in)
+            kept = torch.load(files[key], weights_only=True)
+            sae.load_state_dict(kept["sae"])
+            sae.rows_since_fired.copy_(kept["rows_since_fired"])  # what is dead costs time
+            runs[key] = Run(sae.to(rows_of(batches[0], group)[0].device), config)
+        else:
+            runs[key] = train(config, [rows_of(batch, group) for batch in batches])
+            with renamed(files[key]) as temporary:
+                sae = runs[key].sae
+                kept = {"sae": sae.state_dict(), "rows_since_fired": sae.rows_since_fired}
+                torch.save(kept, temporary)
+        taken = time.perf_counter() - start
+        print(f"{number} of {len(configs)}, {taken:.0f} s: {group}, k={k}, {name}", flush=True)
     return runs
 
 
@@ -128,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max_tokens", type=int, default=200_000, help="training tokens")
     parser.add_argument("--heldout_tokens", type=int, default=50_000)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="trained SAEs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file")
     options = parser.parse_args(argv)
     tokens = options.max_tokens
@@ -137,18 +174,19 @@ def main(argv: list[str] | None = None) -> int:
         for group, variants in GROUPS.items()
         for k in options.k
         for variant in variants
+        if k <= (variant.largest_k or k)
     }
     first = next(iter(configs.values()))
-    steps = max(1, tokens // (first.batch_tokens or 1))
-    runs = train(configs, batches(first, tokens, "train", model), steps)
-    first.buffer = BufferConfig(buffer_tokens=2 * (first.batch_tokens or 1))  # no need to mix
+    stream = batches(first, tokens, "train", model)
+    runs = trained(configs, stream, options.runs / f"{tokens} tokens")
+    first.buffer = BufferConfig(buffer_tokens=2 * BATCH)  # no need to mix
     heldout = list(batches(first, options.heldout_tokens, "heldout", model))
     rows = []
     for group, variants in GROUPS.items():
         own = [rows_of(batch, group) for batch in heldout]
         inputs, targets = [rows[0] for rows in own], [rows[-1] for rows in own]
         for k in options.k:
-            here = {v.name: runs[group, k, v.name] for v in variants}
+            here = {v.name: runs[group, k, v.name] for v in variants if (group, k, v.name) in runs}
             judged = {name: judge(run.sae, inputs, targets) for name, run in here.items()}
             times = interleave(
                 {name: partial(run.step, *own[0]) for name, run in here.items()},

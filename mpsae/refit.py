@@ -25,6 +25,7 @@ from mpsae.plan import MEMORY_SHARE, choose_backend, free_bytes, kernels
 from mpsae.reference import Correlations, PursuitOptions, pursue
 
 _GATHERED = 2**24  # numbers of atoms gathered at a time in the backward pass
+_REPLAYED = 2**21  # the same where each part is gone over in every step, and should stay in a cache
 
 
 @torch.library.custom_op("mpsae::refit_pursuit", mutates_args=())
@@ -133,7 +134,8 @@ def refit_backward(
 ) -> tuple[Tensor, Tensor]:
     """Carry the gradient ``[B, k]`` of the values back to x and dictionary."""
     B, k = indices.shape
-    rows = max(1, _GATHERED // max(1, k * x.shape[1]))
+    room = _GATHERED if fit == "least squares" else _REPLAYED
+    rows = max(1, room // max(1, k * max(k, x.shape[1])))
     parts = [slice(first, first + rows) for first in range(0, B, rows)]
     live = torch.arange(k, device=x.device) < steps[:, None]
     with torch.autocast(x.device.type, enabled=False):
@@ -182,45 +184,41 @@ def _pull(grad: Tensor, atoms: Tensor, live: Tensor) -> Tensor:
 def _replay(
     grad: Tensor, x: Tensor, atoms: Tensor, indices: Tensor, live: Tensor, nonnegative: bool
 ) -> tuple[Tensor, Tensor]:
-    """Walk the steps of gradient pursuit in reverse: gradients of x and of the chosen atoms."""
+    """Walk the steps of gradient pursuit in reverse: gradients of x and of the chosen atoms.
+
+    Step t moves the first t + 1 values by ``length c``, c the correlations of the atoms so far.
+    """
     B, k = indices.shape
     earlier = torch.ones(k, k, dtype=torch.bool, device=x.device).tril(-1)
     again = ((indices[:, :, None] == indices[:, None, :]) & earlier & live[:, None]).any(-1)
     counted = live & ~again  # the other places hold the constant 0
     seen = torch.where(counted[:, :, None], atoms, 0).double()
     gram, target = seen @ seen.mT, (seen @ x.double()[:, :, None])[:, :, 0]
-    taken = torch.ones(k, k, dtype=torch.bool, device=x.device).tril()
-    history = [target.new_zeros(B, k)]
+    before = target.new_zeros(k + 1, B, k)  # values before each step, then after the last
     for t in range(k):
-        moved = _gradient_step(gram, target, history[-1], taken[t], nonnegative)
-        history.append(torch.where(live[:, t, None], moved, history[-1]))
+        now = slice(t + 1)
+        moved = gradient_step(gram[:, now, now], target[:, now], before[t, :, now], nonnegative)
+        before[t + 1, :, now] = torch.where(live[:, t, None], moved, before[t, :, now])
     g = torch.where(counted, grad.double(), 0)
-    by_target, by_gram = torch.zeros_like(target), torch.zeros_like(gram)
+    slopes, by_slopes, weights = torch.zeros_like(before[1:]), torch.zeros_like(before[1:]), []
     for t in reversed(range(k)):
-        values, after = history[t], history[t + 1]
-        moves = live[:, t, None] & (after > 0) if nonnegative else live[:, t, None]
-        share = torch.where(moves, g, 0)
-        c = torch.where(taken[t], target - apply(gram, values), 0)
-        u = apply(gram, c)
+        now = slice(t + 1)
+        pairs = gram[:, now, now]
+        moves = live[:, t, None] & (before[t + 1, :, now] > 0) if nonnegative else live[:, t, None]
+        share = torch.where(moves, g[:, now], 0)
+        c = target[:, now] - apply(pairs, before[t, :, now])
+        u = apply(pairs, c)
         curvature = (c * u).sum(-1, keepdim=True)
         scale = torch.where(curvature > 0, 1 / curvature, 0)
         length = c.square().sum(-1, keepdim=True) * scale
         by_length = (share * c).sum(-1, keepdim=True) * scale
         by_c = length * share + 2 * by_length * (c - length * u)
-        by_c = torch.where(taken[t], by_c, 0)
-        by_gram -= (by_length * length * c)[:, :, None] * c[:, None]
-        by_gram -= by_c[:, :, None] * values[:, None]
-        by_target += by_c
-        g = torch.where(live[:, t, None], share - apply(gram, by_c), g)
+        slopes[t, :, now], by_slopes[t, :, now] = c, by_c
+        weights.append(by_length * length)
+        g[:, now] = torch.where(live[:, t, None], share - apply(pairs, by_c), g[:, now])
+    slopes, by_slopes, values = (s.transpose(0, 1) for s in (slopes, by_slopes, before[:-1]))
+    weight = torch.stack(weights[::-1], 1)
+    by_gram = -(slopes.mT @ (weight * slopes) + by_slopes.mT @ values)
+    by_target = by_slopes.sum(1)
     by_atoms = (by_gram + by_gram.mT) @ seen + by_target[:, :, None] * x.double()[:, None]
     return apply(seen.mT, by_target).to(x.dtype), by_atoms.to(x.dtype)
-
-
-def _gradient_step(
-    gram: Tensor, target: Tensor, values: Tensor, taken: Tensor, nonnegative: bool
-) -> Tensor:
-    """Move the first of ``k`` values; see :func:`mpsae.fits.gradient_step`."""
-    among = taken[:, None] & taken
-    return gradient_step(
-        torch.where(among, gram, 0), torch.where(taken, target, 0), values, nonnegative
-    )

@@ -12,11 +12,15 @@ def test_the_study_runs_and_its_results_are_drawn(monkeypatch, tmp_path):
     sliced = study.Variant("MP, sliced", "matching_pursuit", ("slicing=both",))
     few = {study.MLP: (study.SAES[0], sliced), study.TRANSCODED: study.TRANSCODERS[:1]}
     monkeypatch.setattr(study, "GROUPS", few)
-    call = "-k 8 16 --max_tokens 8192 --heldout_tokens 4096 --repetitions 1 --out"
-    call = [*call.split(), str(tmp_path)]
+    call = "-k 8 16 --max_tokens 8192 --heldout_tokens 4096 --repetitions 1"
+    call = [*call.split(), "--runs", str(tmp_path / "saes"), "--out", str(tmp_path)]
     assert study.main(call) == 0
     (file,) = tmp_path.glob("*-study.json")
     rows = json.loads(file.read_text())["rows"]
+    monkeypatch.setattr(study, "train", None)  # not called: what is trained is read
+    assert study.main(call) == 0
+    again = json.loads(file.read_text())["rows"]
+    assert [row["fvu"] for row in again] == [row["fvu"] for row in rows]
     assert len(rows) == 2 * (2 + len(study.ITO) + 1)
     for row in rows:
         assert row["step"]["median"] > 0
