@@ -188,14 +188,14 @@ def main(argv: list[str] | None = None) -> int:
         for k in options.k:
             here = {v.name: runs[group, k, v.name] for v in variants if (group, k, v.name) in runs}
             judged = {name: judge(run.sae, inputs, targets) for name, run in here.items()}
-            times = interleave(
+            ito = ITO if "TopK" in here else {}  # trained as TopK, judged with another encoder
+            for name, method in ito.items():
+                judged[name] = judge(with_pursuit(here["TopK"].sae, method), inputs)
+            times = interleave(  # trains them further
                 {name: partial(run.step, *own[0]) for name, run in here.items()},
                 options.repetitions, patience=2.0,
             )  # fmt: skip
-            if "TopK" in here:  # trained as TopK, judged with another encoder
-                for name, method in ITO.items():
-                    judged[name] = judge(with_pursuit(here["TopK"].sae, method), inputs)
-                    times[name] = times["TopK"]
+            times |= dict.fromkeys(ito, times["TopK"]) if ito else {}
             for name, found in judged.items():
                 row = {"hookpoint": group, "variant": name, "B": len(inputs[0])}
                 row |= {"d": inputs[0].shape[1], "n": 8 * inputs[0].shape[1], "k": k} | found
