@@ -319,6 +319,14 @@ def test_fewer_steps_are_the_first_ones(variant):
         torch.testing.assert_close(part.values, whole.values[:, :2], rtol=0, atol=1e-12)
 
 
+@each_variant
+def test_training_takes_as_many_latents_as_a_schedule_says(variant):
+    transcoder, x = shaken(variant), rows(20)
+    transcoder.training_k = 2
+    assert transcoder.train().encode(x).indices.shape == (20, 2)
+    assert transcoder.eval().encode(x).indices.shape == (20, K)
+
+
 @pytest.mark.parametrize("variant", PURSUITS)
 def test_parameters_are_as_large_as_the_config_says(variant):
     transcoder = make(variant)

@@ -285,7 +285,7 @@ class MatchingPursuitTranscoder(Transcoder):
     ) -> Pursuit:
         """Pursue ``[..., d_in]``; ``k`` replaces the config's."""
         self._check_input(x)
-        c, k = self.config, self.config.k if k is None else k
+        c, k = self.config, self.k if k is None else k
         if c.form == "ito":
             return fitted.pursue(x - self.b_in, self.encoder, k, c, None, 0.0)
         by_form = {"separate_decoder": "subtracted", "primary_decoder": "dictionary"}
