@@ -4,8 +4,9 @@
     python bench/recovery.py --seeds 1 --steps 50    to see that it runs
 
 All forms have d 96, n 256, k 6 and see the same batches; each has its learning rate from the same
-grid, the one with the best mean of MCC and F1 on a seed that is not reported. Directions, rows and
-initial dictionary change with the seed. Writes results/recovery.json; see RECOVERY.md.
+grid, the one with the best mean of MCC and F1 on a seed that is not reported, found by a walk that
+ends when both neighbours of the best are worse. Directions, rows and initial dictionary change with
+the seed. Writes results/recovery.json, with the rates tried; see RECOVERY.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +34,7 @@ from mpsae.sae.matryoshka import MatryoshkaConfig
 N, K = 256, 6
 BATCH = 1024
 SELECTION_SEED = 1000
-RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
+RATES = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 REFIT = " + NNLS"
 SHOWN = {"explained_variance": "expl. var.", "mcc": "MCC", "f1": "F1", "absorption": "absorption",
          "l0": "L0"}  # fmt: skip
@@ -101,10 +103,28 @@ def train(form: Form, rate: float, rows: Rows, steps: int) -> SparseAutoencoder:
     return sae.eval()
 
 
-def choose_rate(form: Form, rates: list[float], rows: Rows, steps: int, judged: int) -> list[Any]:
-    """Try each rate on the seed of selection: rate and measures, the best first."""
-    tried = [(rate, rows.judge(train(form, rate, rows, steps), judged)) for rate in rates]
-    return sorted(tried, key=lambda pair: -(pair[1].mcc + pair[1].f1))
+def neighbours(rate: float, rates: list[float]) -> list[float]:
+    """Give the rates next to one in a rising grid: two, or one at its ends."""
+    at = rates.index(rate)
+    return rates[max(at - 1, 0) : at] + rates[at + 1 : at + 2]
+
+
+def walk(rates: list[float], measure: Callable[[float], Recovery]) -> dict[float, Recovery]:
+    """Measure rates of a rising grid until the best has no neighbour that was not measured.
+
+    The start is every second rate, not one: measures of some forms have two peaks.
+    """
+    tried: dict[float, Recovery] = {}
+    left = rates[1::2] or rates
+    while left:
+        tried |= {rate: measure(rate) for rate in left}
+        left = [rate for rate in neighbours(best_rate(tried), rates) if rate not in tried]
+    return tried
+
+
+def best_rate(tried: dict[float, Recovery]) -> float:
+    """Choose the rate with the best mean of MCC and F1."""
+    return max(tried, key=lambda rate: tried[rate].mcc + tried[rate].f1)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -125,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1500, help=f"batches of {BATCH} rows")
-    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="grid to walk")
     parser.add_argument("--rows", type=int, default=100_000, help="to draw batches from")
     parser.add_argument("--judged", type=int, default=20_000, help="rows to measure on")
     parser.add_argument("--threads", type=int, default=1)
@@ -134,13 +154,21 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     started = time.perf_counter()
     selection = Rows.draw(SELECTION_SEED, options.rows)
+    grid = sorted(set(options.rates))
     rates: dict[str, float] = {}
-    tried = {}
+    tried, bracketed = {}, {}
     for name, form in FORMS.items():
-        found = choose_rate(form, options.rates, selection, options.steps, options.judged)
-        rates[name] = found[0][0]
-        tried[name] = {str(rate): {"mcc": r.mcc, "f1": r.f1} for rate, r in found}
-        print(f"{name}: learning rate {rates[name]:g}", flush=True)
+        found = walk(
+            grid,
+            lambda rate, form=form: selection.judge(
+                train(form, rate, selection, options.steps), options.judged
+            ),
+        )
+        rates[name] = best_rate(found)
+        bracketed[name] = len(neighbours(rates[name], grid)) == 2
+        tried[name] = {str(rate): {"mcc": r.mcc, "f1": r.f1} for rate, r in sorted(found.items())}
+        told = "" if bracketed[name] else ", an end of the grid"
+        print(f"{name}: learning rate {rates[name]:g} of {len(found)} tried{told}", flush=True)
     results: list[dict[str, Any]] = []
     refitted: list[dict[str, Any]] = []
     for seed in range(options.seeds):
@@ -158,7 +186,9 @@ def main(argv: list[str] | None = None) -> int:
     result = {
         "data": asdict(HierarchyConfig()),
         "n": N, "k": K, "batch": BATCH, "steps": options.steps,
-        "selection": {"seed": SELECTION_SEED, "tried": tried},
+        "selection": {
+            "seed": SELECTION_SEED, "grid": grid, "tried": tried, "bracketed": bracketed,
+        },
         "seconds": round(time.perf_counter() - started),
         "rows": results,
     }  # fmt: skip

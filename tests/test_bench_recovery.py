@@ -13,14 +13,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_the_study_trains_judges_and_saves(tmp_path, monkeypatch, capsys, read_json):
     monkeypatch.setattr(recovery, "BATCH", 64)
-    argv = ["--seeds", "2", "--steps", "3", "--rates", "1e-3", "1e-2", "--rows", "500"]
+    argv = ["--seeds", "2", "--steps", "3", "--rates", "1e-2", "1e-3", "--rows", "500"]
     assert recovery.main([*argv, "--judged", "300", "--out", str(tmp_path)]) == 0
     written = read_json(tmp_path / "recovery.json")
     rows = written["rows"]
     mp = [name for name, form in recovery.FORMS.items() if "matching" in form.architecture]
     assert len(rows) == 2 * (len(recovery.FORMS) + len(mp))
+    selection = written["selection"]
+    assert selection["grid"] == [1e-3, 1e-2]
+    assert selection["bracketed"] == dict.fromkeys(recovery.FORMS, False)
     for row in rows:
-        tried = written["selection"]["tried"][row["form"].removesuffix(recovery.REFIT)]
+        tried = selection["tried"][row["form"].removesuffix(recovery.REFIT)]
+        assert list(tried) == ["0.001", "0.01"]
         best = max(tried, key=lambda rate: tried[rate]["mcc"] + tried[rate]["f1"])
         assert row["rate"] == float(best)
         assert all(math.isfinite(row[measure]) for measure in recovery.SHOWN)
@@ -33,6 +37,36 @@ def test_the_study_trains_judges_and_saves(tmp_path, monkeypatch, capsys, read_j
     shown = capsys.readouterr().out
     assert recovery.table(rows) in shown
     assert shown.splitlines()[-1] == str(tmp_path / "recovery.json")
+
+
+def measured(score):
+    return Recovery(score, 0.0, 0, 0, 0, 6, 0.9)
+
+
+@pytest.mark.parametrize("peak", recovery.RATES)
+def test_the_walk_finds_a_peak_and_looks_at_both_sides_of_it(peak):
+    grid, seen = recovery.RATES, []
+
+    def measure(rate):
+        seen.append(rate)
+        return measured(-abs(math.log(rate / peak)))
+
+    tried = recovery.walk(grid, measure)
+    assert recovery.best_rate(tried) == peak
+    assert set(recovery.neighbours(peak, grid)) <= set(tried) == set(seen)
+    assert len(seen) == len(set(seen)) <= 5
+
+
+def test_the_walk_goes_to_the_higher_of_two_peaks():
+    scores = dict(zip(recovery.RATES, [1.78, 1.82, 1.79, 1.81, 1.80, 1.80, 1.7], strict=True))
+    tried = recovery.walk(recovery.RATES, lambda rate: measured(scores[rate]))
+    assert sorted(tried) == [3e-5, 1e-4, 3e-4, 1e-3, 1e-2]
+    assert recovery.best_rate(tried) == 1e-4
+
+
+def test_a_grid_of_one_rate_is_that_rate():
+    assert list(recovery.walk([1e-3], lambda rate: measured(rate))) == [1e-3]
+    assert recovery.neighbours(1e-3, [1e-3]) == []
 
 
 def test_the_same_seed_trains_the_same_sae():

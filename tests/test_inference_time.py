@@ -209,6 +209,8 @@ def test_files_of_any_architecture_of_saelens_are_read(architecture, apply_b_dec
     torch.testing.assert_close(made.encode(x).code(N), plain_code(made, x))
     foreign(tmp_path, architecture, k=7)
     assert read_decoder(tmp_path).k == 7
+    foreign(tmp_path, architecture, metadata={"training_architecture_details": {"k": 6.6}})
+    assert read_decoder(tmp_path).k == 7
 
 
 def test_a_pursuit_of_saelens_without_b_dec_has_none(tmp_path):
@@ -239,6 +241,7 @@ def test_files_of_sparsify_are_read(tmp_path):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"architecture": "skip_transcoder"}, "holds a 'skip_transcoder', whose decoder"),
+    ({"architecture": "temporal"}, "holds a 'temporal', whose decoder"),
     ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm'; only 'none'"),
     ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z'; only 'none'"),
     ({"d_in": D + 1}, rf"W_dec in .* is \[{N}, {D}\], but d_in={D + 1}"),

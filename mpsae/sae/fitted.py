@@ -17,7 +17,7 @@ def check(config: Any) -> None:
     """Raise ValueError for settings of a matching-pursuit SAE that its ``pursuit`` does not have.
 
     Args:
-        config: :class:`mpsae.MatchingPursuitConfig`.
+        config: :class:`mpsae.MatchingPursuitConfig`, or another that has some of its settings.
     """
     kind = config.pursuit
     checks.choice("pursuit", kind, get_args(PursuitKind))
@@ -31,10 +31,10 @@ def check(config: Any) -> None:
     if kind == "nonnegative_omp":
         expected["select"] = "relu"
     for name, value in expected.items():
-        if getattr(config, name) != value:
+        given = getattr(config, name, value)
+        if given != value:
             raise ValueError(
-                f"pursuit={kind!r} does not go with {name}={getattr(config, name)!r}, "
-                f"only with {value!r}"
+                f"pursuit={kind!r} does not go with {name}={given!r}, only with {value!r}"
             )
     if kind != "mp":
         checks.choice(f"backend for pursuit={kind!r}", config.backend, ("auto", "cpu", "torch"))

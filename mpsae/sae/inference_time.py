@@ -35,7 +35,7 @@ class Decoder(NamedTuple):
     b_dec: Tensor
     """``[d]``."""
     k: int | None
-    """Latents a row in training, where there is such a number."""
+    """Latents a row in training, rounded where it is a mean; none where there is no such number."""
     metadata: dict[str, Any]
     """Model, hookpoint, dataset, ... as in ``SparseAutoencoder.metadata``."""
 
@@ -110,8 +110,8 @@ def read_decoder(path: str | Path, device: str | torch.device = "cpu") -> Decode
 
     Raises:
         OSError: a file is missing, cut short or damaged.
-        ValueError: a transcoder, activations that are normalised or reshaped, a skip connection,
-            or tensors of other shapes or dtypes (named).
+        ValueError: a transcoder, a temporal SAE, activations that are normalised or reshaped, a
+            skip connection, or tensors of other shapes or dtypes (named).
 
     Notes:
         ``apply_b_dec_to_input`` says what an encoder sees, so it changes nothing here, but for a
@@ -142,13 +142,18 @@ def read_decoder(path: str | Path, device: str | torch.device = "cpu") -> Decode
     metadata |= written.get("metadata") or {}
     own = metadata.pop("mpsae", None) or {}
     metadata.pop("sae_lens_version", None)
-    k = own.get("config", {}).get("k", written.get("k", written.get("max_iterations")))
+    # SAELens writes a BatchTopK SAE as a JumpReLU one, and what it was trained with beside it
+    before = metadata.get("training_architecture_details") or {}
+    k = own.get("config", {}).get("k", written.get("k", before.get("k")))
+    k = written.get("max_iterations") if k is None else k
+    k = round(k) if isinstance(k, float) else k
     return Decoder(W_dec.to(device), b_dec.to(device, W_dec.dtype), k, metadata)
 
 
 def _check_written(written: Mapping[str, Any], path: Path) -> None:
     architecture = str(written.get("architecture", "standard"))
-    if "transcoder" in architecture:
+    # a temporal SAE predicts a part of its input from tokens before, and decodes the rest
+    if "transcoder" in architecture or architecture == "temporal":
         raise ValueError(
             f"{path} holds a {architecture!r}, whose decoder gives something else than its input"
         )

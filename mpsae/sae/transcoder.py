@@ -12,13 +12,14 @@ from torch.nn import functional as F
 from mpsae import checks
 from mpsae.plan import Backend, Method
 from mpsae.pursuit import Precision
-from mpsae.sae import slicing
+from mpsae.sae import fitted, slicing
 from mpsae.sae.base import SAEOutput
+from mpsae.sae.fitted import PursuitKind
 from mpsae.sae.slicing import Slicing
 from mpsae.sae.topk import TopKConfig, TopKSAE
 from mpsae.sparse import Pursuit, SparseCode
 
-Form = Literal["mp_encoder", "unnormalized_encoder", "separate_decoder", "primary_decoder"]
+Form = Literal["mp_encoder", "unnormalized_encoder", "separate_decoder", "primary_decoder", "ito"]
 
 
 @dataclass(kw_only=True)
@@ -55,7 +56,10 @@ class MatchingPursuitTranscoderConfig(TranscoderConfig):
     """Settings of :class:`MatchingPursuitTranscoder`."""
 
     form: Form = "mp_encoder"
-    """mp_encoder, unnormalized_encoder, separate_decoder, primary_decoder: what is subtracted."""
+    """mp_encoder, unnormalized_encoder, separate_decoder, primary_decoder: what is subtracted; or
+    ito, values fitted anew in each step."""
+    pursuit: PursuitKind | None = None
+    """mp; with form=ito omp (its default), nonnegative_omp or gradient, as in an SAE."""
     slicing: Slicing = "none"
     """none, both, encoder or decoder: what each step has its own of, as in an SAE."""
     allow_repeats: bool | None = None
@@ -69,15 +73,13 @@ class MatchingPursuitTranscoderConfig(TranscoderConfig):
     backend: Backend = "auto"
     """Backend of the pursuit."""
 
-    stop_on_repeat = False  # no setting: what the pursuit is told
+    # no settings: what the pursuit is told
+    stop_on_repeat = False
+    detach_values = False
+    select = "relu"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.form == "ito":
-            raise ValueError(
-                "form='ito' is not available: values fitted anew in each step have no bias, which "
-                "a transcoder's encoder is centred by"
-            )
         for name, allowed in (
             ("form", Form), ("precision", Precision), ("method", Method), ("backend", Backend),
         ):  # fmt: skip
@@ -90,8 +92,21 @@ class MatchingPursuitTranscoderConfig(TranscoderConfig):
         if self.form == "separate_decoder" and self.slicing == "decoder":
             raise ValueError("slicing='decoder' is of one decoder, form='separate_decoder' has two")
         plain = self.slicing == "decoder" and self.form != "primary_decoder"
+        if self.pursuit is None:
+            self.pursuit = "omp" if self.form == "ito" else "mp"
         if self.allow_repeats is None:
-            self.allow_repeats = self.slicing != "none" and not plain
+            self.allow_repeats = self.form == "ito" or (self.slicing != "none" and not plain)
+        if (self.pursuit == "mp") == (self.form == "ito"):
+            raise ValueError(
+                f"pursuit={self.pursuit!r} does not go with form={self.form!r}: values are fitted "
+                "anew with form='ito', and with no other"
+            )
+        fitted.check(self)
+        if self.form == "ito" and self.slicing != "none":
+            raise ValueError(
+                f"slicing={self.slicing!r} does not go with form='ito': values are fitted over "
+                "rows that all steps share"
+            )
         slicing.check(self, tied=False, plain=plain)
 
     @property
@@ -101,7 +116,8 @@ class MatchingPursuitTranscoderConfig(TranscoderConfig):
         d_out = self.d_out or self.d_in
         second = self.d_sae * self.d_in if self.form == "separate_decoder" else 0
         skip = self.d_in * d_out if self.skip else 0
-        encoder, dictionary = encoder_rows * (self.d_in + 1), (dictionary_rows + 1) * d_out
+        bias = self.d_in if self.form == "ito" else encoder_rows
+        encoder, dictionary = encoder_rows * self.d_in + bias, (dictionary_rows + 1) * d_out
         return 4 * (encoder + dictionary + second + skip)
 
 
@@ -172,7 +188,9 @@ class Transcoder(TopKSAE):
         if y is None:
             raise ValueError("a transcoder's biases are set from x and y, not from x alone")
         super().initialize_b_dec_(y)
-        mean = x.reshape(-1, x.shape[-1]).mean(0).to(self.encoder.dtype)
+        self._center_encoder_(x.reshape(-1, x.shape[-1]).mean(0).to(self.encoder.dtype))
+
+    def _center_encoder_(self, mean: Tensor) -> None:
         self.b_enc.copy_(-self.encoder @ mean)
 
     def constrain(self, optimizer: torch.optim.Optimizer) -> None:
@@ -205,21 +223,33 @@ class MatchingPursuitTranscoder(Transcoder):
     r"""Transcoder whose latents are chosen by a pursuit of its input x.
 
         r = x;   k times:  j = argmax_i <r, e_i> + b_i,  a = relu(<r, e_j> + b_j),  r <- r - a s_j
-        y = sum a_j dictionary[j] + b_dec (+ skip x)
+        y = sum_j a_j dictionary[j] + b_dec (+ skip x)
 
     What is subtracted, s, is by ``form``: ``"mp_encoder"`` the encoder, kept at unit norm;
     ``"unnormalized_encoder"`` the encoder, its norm free; ``"separate_decoder"`` weights of their
-    own, learnt, zero at first; ``"primary_decoder"`` the dictionary. The study reports the first
-    one as the best, and the others as not working. Slices are those of
+    own, learnt, zero at first; ``"primary_decoder"`` the dictionary. Slices are those of
     :class:`mpsae.MatchingPursuitSAE`: ``"both"`` of encoder and dictionary, ``"decoder"`` of the
     dictionary, in whose t-th part the t-th step's latents are decoded.
+
+    With ``form="ito"`` (inference-time optimisation) there is no b_enc: the encoder, kept at unit
+    norm, pursues x - b_in, and each step fits the values of all rows chosen so far anew,
+
+        r = x - b_in,  S = {};   k times:  S <- S + argmax_{i not in S} <r, e_i>,
+        a = argmin ||x - b_in - a E_S||^2,  r = x - b_in - a E_S
+
+    over a >= 0 with ``pursuit="nonnegative_omp"``; or ``"gradient"`` moves them, see
+    :func:`mpsae.orthogonal_matching_pursuit` and :func:`mpsae.gradient_pursuit`. A row stops where
+    nothing is positively correlated. Gradients go through the fit to x, b_in and the encoder. The
+    study reports ``"mp_encoder"`` as the best, and the other forms as not working.
 
     Args:
         config: :class:`MatchingPursuitTranscoderConfig`.
 
     Notes:
         The bias takes the mean out of each step's correlations, so that the pursuit is that of
-        x - mean. Dead latents are asked about the residual of x, to explain that of y.
+        x - mean; in its place ``form="ito"`` has ``b_in [d_in]``, zero at first, which
+        :meth:`initialize_b_dec_` sets to the mean of x. Dead latents are asked about the residual
+        of x, to explain that of y.
 
     References:
         EleutherAI, 2025, "Matching pursuit SAEs are less interpretable than regular SAEs".
@@ -246,19 +276,24 @@ class MatchingPursuitTranscoder(Transcoder):
             self.dictionary = torch.nn.Parameter(torch.zeros(shape))
         if config.form == "separate_decoder":
             self.subtracted = torch.nn.Parameter(torch.zeros_like(atoms))
+        if config.form == "ito":
+            self.register_parameter("b_enc", None)
+            self.b_in = torch.nn.Parameter(torch.zeros(config.d_in))
 
     def encode(  # type: ignore[override]
         self, x: Tensor, k: int | Tensor | None = None
     ) -> Pursuit:
         """Pursue ``[..., d_in]``; ``k`` replaces the config's."""
         self._check_input(x)
-        c = self.config
+        c, k = self.config, self.k if k is None else k
+        if c.form == "ito":
+            return fitted.pursue(x - self.b_in, self.encoder, k, c, None, 0.0)
         by_form = {"separate_decoder": "subtracted", "primary_decoder": "dictionary"}
         own = c.form in by_form
         return slicing.pursue(
             x,
             getattr(self, by_form.get(c.form, "encoder")),
-            c.k if k is None else k,
+            k,
             c,
             encoder=self.encoder if own else None,
             bias=self.b_enc,
@@ -276,17 +311,25 @@ class MatchingPursuitTranscoder(Transcoder):
         raise ValueError("a pursuit makes only the latents that it takes: use encode")
 
     def constrain(self, optimizer: torch.optim.Optimizer) -> None:
-        """Keep the encoder's atoms at unit norm with ``form="mp_encoder"``, see the base class."""
-        if self.config.form == "mp_encoder":
+        """Keep the encoder's atoms at unit norm in the forms mp_encoder and ito."""
+        if self.config.form in ("mp_encoder", "ito"):
             optimizer.register_step_pre_hook(lambda *_: self.remove_parallel_gradient_())
             optimizer.register_step_post_hook(lambda *_: self.normalize_atoms_())
 
     def _unit_norm_weight(self) -> Tensor:
         return self.encoder
 
+    def _center_encoder_(self, mean: Tensor) -> None:
+        if self.config.form == "ito":
+            self.b_in.copy_(mean)
+        else:
+            super()._center_encoder_(mean)
+
     def _encoder_of_dead(self, x, residual, code):
-        n = self.config.d_sae
-        return code.residual.detach(), slicing.last(self.encoder, n), slicing.last(self.b_enc, n)
+        n, bias = self.config.d_sae, self.b_enc
+        if bias is not None:
+            bias = slicing.last(bias, n)
+        return code.residual.detach(), slicing.last(self.encoder, n), bias
 
     def _decoder_of_dead(self):
         return slicing.last(self.dictionary, self.config.d_sae)
