@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mpsae.sae import SparseAutoencoder
 from mpsae.sae.checkpoint import renamed
 
 FOLDER = "evaluation"
@@ -53,6 +54,12 @@ def read(folder: Path, name: str) -> dict[str, Any] | None:
     if not isinstance(result, dict):
         raise ValueError(f"{path} must hold an object, not {result!r}")
     return result
+
+
+def describe(sae: SparseAutoencoder) -> dict[str, Any]:
+    """Say of which SAE a result is: what every file has as "sae"."""
+    c = sae.config
+    return {"architecture": sae.architecture, "n": c.d_sae, "d": c.d_in, "k": c.k}
 
 
 def _path(folder: Path, name: str) -> Path:
