@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from work_counter import Operators
 
 from mpsae.evaluation import coherence as module
-from mpsae.evaluation.coherence import babel_of_rows, babel_sizes, coherence
+from mpsae.evaluation.coherence import babel_of_rows, babel_sizes, coherence, normalized
 
 SIZES = [1, 2, 3, 5, 50]
 
@@ -132,7 +132,7 @@ def test_the_set_of_a_row_is_a_dictionary_of_its_own(counts, seed, part):
         used[row, torch.randperm(7, generator=generator)[:count]] = True
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_PART", part)
-        found = babel_of_rows(rows, used, dictionary, SIZES)
+        found = babel_of_rows(rows, used, normalized(dictionary), SIZES)
     assert found.shape == (len(rows), len(SIZES))
     for row, mine, values in zip(rows, used, found.tolist(), strict=True):
         alone = coherence(dictionary[row[mine]], SIZES).babel if mine.any() else {}

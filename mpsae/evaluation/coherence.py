@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mpsae.gram import accumulation_dtype
 
-_PART = 2**24  # numbers made at a time
+_PART = 2**22  # numbers made at a time; many more cost a CPU new pages each time
 
 
 class Coherence(NamedTuple):
@@ -33,6 +33,12 @@ def babel_sizes(n: int, k: int) -> list[int]:
         [1, 2, 4, 8, 16]
     """
     return [2**i for i in range((k - 1).bit_length() + 1) if 2**i < n]
+
+
+def normalized(dictionary: Tensor) -> Tensor:
+    """Give atoms ``[n, d]`` unit norm, those of norm 0 none; in fp32, fp64 for fp64."""
+    wide = dictionary.detach().to(accumulation_dtype(dictionary.dtype))
+    return F.normalize(wide, dim=1, eps=torch.finfo(wide.dtype).tiny)
 
 
 @torch.no_grad()
@@ -65,7 +71,7 @@ def coherence(dictionary: Tensor, sizes: Sequence[int]) -> Coherence:
         {1: 1.0, 2: 1.0}
     """
     n = len(dictionary)
-    unit = _normalized(dictionary)
+    unit = normalized(dictionary)
     total = torch.zeros((), dtype=torch.float64, device=unit.device)
     most = total.new_zeros(1 + len(sizes))
     rows = max(1, _PART // n)
@@ -80,7 +86,7 @@ def coherence(dictionary: Tensor, sizes: Sequence[int]) -> Coherence:
 
 
 @torch.no_grad()
-def babel_of_rows(rows: Tensor, used: Tensor, dictionary: Tensor, sizes: Sequence[int]) -> Tensor:
+def babel_of_rows(rows: Tensor, used: Tensor, unit: Tensor, sizes: Sequence[int]) -> Tensor:
     r"""Babel function of the set of atoms that each row of a code puts together.
 
     For a row with the atoms S, mu_1(m; S) is the largest over j in S of the sum of the m largest
@@ -90,7 +96,7 @@ def babel_of_rows(rows: Tensor, used: Tensor, dictionary: Tensor, sizes: Sequenc
     Args:
         rows: ``[B, k]`` int64, rows of the dictionary.
         used: ``[B, k]`` bool; others do not count. No atom may be in a row twice.
-        dictionary: ``[n, d]``.
+        unit: ``[n, d]``, the dictionary :func:`normalized`.
         sizes: the m.
 
     Returns:
@@ -108,12 +114,13 @@ def babel_of_rows(rows: Tensor, used: Tensor, dictionary: Tensor, sizes: Sequenc
     found = torch.zeros(len(rows), len(sizes), dtype=torch.float64, device=rows.device)
     if widest < 2:
         return found
-    at_once = max(1, _PART // (widest * max(widest, dictionary.shape[1])))
+    at_once = max(1, _PART // (widest * max(widest, unit.shape[1])))
     for first in range(0, len(rows), at_once):
         part = slice(first, first + at_once)
-        atoms = _normalized(dictionary[rows[part]]) * used[part, :, None]
+        atoms, counts = unit[rows[part]], used[part]
         cosine = (atoms @ atoms.mT).abs_().clamp_(max=1)
         cosine.diagonal(dim1=1, dim2=2).zero_()
+        cosine.masked_fill_(~(counts[:, :, None] & counts[:, None]), 0)
         found[part] = _sums_of_largest(cosine, sizes).amax(1)
     return found
 
@@ -124,8 +131,3 @@ def _sums_of_largest(cosine: Tensor, sizes: Sequence[int]) -> Tensor:
     bounded = [min(m, width) for m in sizes]
     top = cosine.topk(max(bounded, default=0), dim=-1).values.double().cumsum(-1)
     return top[..., [m - 1 for m in bounded]]
-
-
-def _normalized(atoms: Tensor) -> Tensor:
-    wide = atoms.detach().to(accumulation_dtype(atoms.dtype))
-    return F.normalize(wide, dim=-1, eps=torch.finfo(wide.dtype).tiny)

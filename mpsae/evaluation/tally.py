@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpsae.backends import PursuitRecord
-from mpsae.evaluation.coherence import babel_of_rows
+from mpsae.evaluation.coherence import babel_of_rows, normalized
 from mpsae.evaluation.steps import errors_of_steps, first_uses, is_stepwise
 from mpsae.metrics import RunningFVU
 from mpsae.sae import SparseAutoencoder
@@ -69,6 +69,7 @@ class CodeTally:
         self.sae = sae
         self.sizes = list(sizes)
         self.tokens = 0
+        self._unit = normalized(sae.dictionary)
         self._fired = torch.zeros(sae.config.d_sae, dtype=torch.int64)
         self._least, self._most = sae.config.d_sae, 0
         self._new_at = torch.zeros((), dtype=torch.float64)  # first uses of a latent by step
@@ -87,8 +88,7 @@ class CodeTally:
         self._fired += torch.bincount(code.indices[new], minlength=len(self._fired)).cpu()
         atoms = self.sae.atom_rows(code.indices)
         distinct = first_uses(atoms, used)
-        babel = babel_of_rows(atoms, distinct, self.sae.dictionary, self.sizes)
-        self._babel += babel.sum(0).cpu()
+        self._babel += babel_of_rows(atoms, distinct, self._unit, self.sizes).sum(0).cpu()
         if is_stepwise(code, self.sae):
             self._new_at = self._new_at + new.double().sum(0).cpu()
         if isinstance(code, Pursuit):
