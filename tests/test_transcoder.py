@@ -345,6 +345,8 @@ def test_parameters_are_as_large_as_the_config_says(variant):
         ({"slicing": "both", "k": 5}, "k=5 .* d_sae=24"),
         ({"slicing": "both", "method": "gram"}, "method='gram'"),
         ({"normalize_atoms": True}, "normalize_atoms=True"),
+        ({"refit": "least_squares"}, "refit='least_squares'"),
+        ({"multi_topk": True}, "multi_topk=True"),
         ({"d_out": 0}, "d_out must be an integer of at least 1, not 0"),
         ({"d_out": True}, "d_out must be an integer of at least 1, not True"),
         ({"k": N + 1}, f"k={N + 1} exceeds d_sae={N}"),

@@ -37,6 +37,11 @@ class TranscoderConfig(TopKConfig):
         super().__post_init__()
         if self.normalize_atoms:
             raise ValueError("normalize_atoms=True: the decoder of a transcoder starts at zero")
+        if self.refit != "none" or self.multi_topk:
+            raise ValueError(
+                f"refit={self.refit!r} and multi_topk={self.multi_topk} fit what goes in, of which "
+                "a transcoder makes no reconstruction"
+            )
         if self.d_out is None:
             self.d_out = self.d_in
         if not isinstance(self.d_out, int) or isinstance(self.d_out, bool) or self.d_out < 1:
