@@ -124,7 +124,8 @@ class Endpoint:
                     raise self._failure(problem) from None
                 wait = _retry_after(error.headers.get("Retry-After"), wait)
             except (OSError, http.client.HTTPException) as error:  # refused, cut off, too slow
-                problem = self._clean(str(error) or type(error).__name__)
+                reason = getattr(error, "reason", error)
+                problem = self._clean(str(reason) or type(reason).__name__)
             if attempt < self.retries:
                 self.requests.wait(min(wait, _LONGEST_WAIT) * random.uniform(0.5, 1))
         raise self._failure(f"{problem}, {self.retries + 1} times")
