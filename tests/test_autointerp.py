@@ -49,7 +49,7 @@ def latent(number=7, contexts=40):
 
     active = [context(at, True) for at in reversed(range(contexts))]
     silent = [context(contexts + at, False) for at in range(contexts)]
-    return LatentContexts(number, 0.1, contexts, active[:6], active[6:], silent)
+    return LatentContexts(number, 0.1, contexts, active[:6], active, silent)
 
 
 def ask(number=7, **settings):

@@ -9,6 +9,7 @@ from latents_problem import CONTEXT, D, N, W, make_source, plain
 from safetensors.numpy import load_file
 
 from mpsae import TopKConfig, TopKSAE
+from mpsae.activations import Sequences
 from mpsae.evaluation.autointerp import (
     DelphiCache,
     Pieces,
@@ -21,7 +22,7 @@ from mpsae.evaluation.autointerp import (
     embedding_score,
     embedding_scores,
 )
-from mpsae.evaluation.autointerp.firings import Counts, spread
+from mpsae.evaluation.autointerp.firings import Counts, spread, windows
 from mpsae.evaluation.autointerp.kept import Kept, priority
 from mpsae.evaluation.autointerp.results import nearest
 
@@ -63,6 +64,20 @@ def test_contexts_hold_text_and_activations_of_their_place(truth, collected):
             assert list(context.tokens) == ids[context.number].tolist()
             expected = values[context.number, :, latent.id]
             torch.testing.assert_close(torch.tensor(context.activations), expected)
+
+
+def test_contexts_have_text_and_no_padding():
+    ids = torch.arange(21).reshape(3, 7)
+    attention = torch.ones(3, 7, dtype=torch.bool)
+    attention[2, 4:] = False  # its second context is padded
+    mask = attention.clone()
+    mask[1, :3] = False  # special tokens only
+    cut = windows(Sequences(ids, mask, attention), 3)
+    assert cut.ids.tolist() == [[0, 1, 2], [3, 4, 5], [10, 11, 12], [14, 15, 16]]
+    none = [-1] * 3
+    assert cut.of.tolist() == [0, 0, 0, 1, 1, 1, -1, *none, 2, 2, 2, -1, 3, 3, 3, *none, -1]
+    inside = cut.of >= 0
+    assert torch.equal(cut.ids[cut.of[inside], cut.offset[inside]], ids.flatten()[inside])
 
 
 def test_top_contexts_are_the_strongest_of_different_text(truth, collected):
