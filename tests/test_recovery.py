@@ -9,7 +9,7 @@ import torch
 
 from mpsae import TopKConfig, TopKSAE
 from mpsae.evaluation import Hierarchy, HierarchyConfig, evaluate_recovery, recovery
-from mpsae.evaluation.recovery import assignment, match
+from mpsae.evaluation.matching import assignment, match
 from mpsae.metrics import fvu
 from mpsae.sparse import SparseCode
 
