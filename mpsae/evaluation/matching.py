@@ -59,9 +59,10 @@ def mean_max_cosine(atoms: Tensor, features: Tensor, *, signed: bool = True) -> 
         signed: False takes absolute cosines, as SAELens does.
 
     Returns:
-        From -1 to 1, 1 where the smaller set is part of the larger one up to scale. For random
-        directions it is below the mean over the smaller set of the largest cosine with the larger
-        one, about sqrt(2 log(max(n, F)) / d) for large d.
+        From -1 to 1, 1 where the smaller set is part of the larger one up to scale. By chance, with
+        random directions, it is below the expected largest of max(n, F) independent cosines,
+        integral of 1 - P(cos < t)^max(n, F), of density (1 - t^2)^((d-3)/2): 0.290 and 0.297 with
+        n 256, F 384, d 96.
 
     References:
         Song et al., 2025, arXiv 2505.20254. Chanin & Garriga-Alonso, 2026, arXiv 2602.14687.
