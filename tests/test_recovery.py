@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from mpsae import MatchingPursuitConfig, MatchingPursuitSAE, TopKConfig, TopKSAE
-from mpsae.evaluation import Hierarchy, HierarchyConfig, evaluate_recovery, recovery
+from mpsae.evaluation import (
+    Hierarchy,
+    HierarchyConfig,
+    evaluate_recovery,
+    mean_max_cosine,
+    recovery,
+)
 from mpsae.evaluation.recovery import detection
 from mpsae.metrics import fvu
 from mpsae.sparse import Pursuit, SparseCode
@@ -224,6 +230,13 @@ def test_permutation_and_scale_change_nothing_of_a_pursuit():
     assert 0 < one.parent_first < 1
     for name, value in vars(one).items():
         assert getattr(two, name) == pytest.approx(value, nan_ok=True), name
+
+
+@pytest.mark.parametrize("seed", [0, 1, 1000])
+def test_an_sae_of_the_same_seed_does_not_begin_at_the_features(seed):
+    data = Hierarchy(HierarchyConfig(seed=seed))
+    sae = TopKSAE(TopKConfig(d_in=96, d_sae=256, k=6, seed=seed))
+    assert mean_max_cosine(sae.dictionary.detach(), data.features) < 0.31  # chance: below 0.297
 
 
 def test_an_sae_is_measured_with_its_explained_variance():

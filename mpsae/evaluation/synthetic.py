@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from mpsae.evaluation.directions import correlate_siblings, orthogonalize
 from mpsae.evaluation.hierarchy_config import HierarchyConfig
 
+# An SAE of the same seed draws its first atoms from that seed itself: they would be the features.
+_STREAM = 0x9E3779B9
 _LONGEST = 0.99  # of a root's variance, at most so much comes from the shared factors
 
 
@@ -53,7 +55,7 @@ class Hierarchy:
 
     def __init__(self, config: HierarchyConfig):
         self.config = c = config
-        generator = torch.Generator().manual_seed(c.seed)
+        generator = torch.Generator().manual_seed(c.seed + _STREAM)
         self._roots, self._shares = c.rates_of_roots(), c.shares_of_children()
         parent, rates = [torch.full((c.roots,), -1)], [self._roots]
         medians = [torch.linspace(*c.magnitudes, c.roots)]
