@@ -106,14 +106,15 @@ def test_latents_that_share_a_feature_are_split():
     magnitudes = torch.zeros(300, 3)
     magnitudes[rows, rows % 3] = 1
     # the first feature's firings go by halves to latents 0 and 3
-    dense = torch.cat([magnitudes, torch.zeros(300, 2)], 1)
+    dense = torch.cat([magnitudes, torch.zeros(300, 3)], 1)
     dense[::6, 3], dense[::6, 0] = 1, 0
-    atoms = torch.cat([features, features[:1], features[:1]])  # the last latent never fires
+    # the last two, one near a feature and one composed, never fire
+    atoms = torch.cat([features, features[:1], torch.tensor([[0.1, 1.0, 0.0], [0.0, 1.0, 1.0]])])
     found = recovery(atoms, sparse(dense), features, magnitudes, torch.full((3,), -1))
     assert found.splitting == pytest.approx(1 / 3)
     assert found.recall == pytest.approx((0.5 + 1 + 1) / 3)
     assert (found.mcc, found.precision, found.composition) == (1, 1, 0)
-    assert (found.uniqueness, found.dead_fraction) == (3 / 5, pytest.approx(1 / 5))
+    assert (found.uniqueness, found.dead_fraction) == (3 / 6, pytest.approx(2 / 6))
 
 
 def test_half_a_code_is_half_of_the_norm():

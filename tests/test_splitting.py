@@ -22,6 +22,8 @@ def test_an_atom_that_is_no_feature_does_not_split_one():
     between = EYE[0] + EYE[1]  # cosine sqrt(1/2) with both: stands for neither
     assert splitting(torch.stack([EYE[0], between - 1e-9 * EYE[0]]), EYE) == 0
     assert splitting(torch.stack([EYE[0], between + 0.01 * EYE[0]]), EYE) == 1
+    near = EYE[0] + 0.9 * (EYE[1] + EYE[2])  # nearest to the first, at a cosine of 0.62
+    assert splitting(torch.stack([EYE[0], near]), EYE) == 0
     assert splitting(torch.stack([EYE[0], -EYE[0]]), EYE) == 0
     assert math.isnan(splitting(EYE.mean(0, keepdim=True), EYE))
     assert math.isnan(splitting(EYE[:0], EYE))

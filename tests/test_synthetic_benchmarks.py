@@ -128,6 +128,7 @@ def test_children_follow_the_magnitude_of_their_parents():
     cut = Hierarchy(HierarchyConfig(**shared, law="normal", spread=1.0))
     magnitudes = cut.sample(ROWS, seed=0)[1]
     assert magnitudes.min() == 0
+    assert near(magnitudes[:, :2] > 0, cut.rates[:2] * torch.special.ndtr(torch.tensor(1.0)))
     assert (magnitudes[:, cut.parent[2:]] > 0)[magnitudes[:, 2:] > 0].all()
 
 

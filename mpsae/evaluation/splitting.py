@@ -75,7 +75,5 @@ def composition(atoms: Tensor, features: Tensor) -> float:
     unit, directions = (F.normalize(t.double(), dim=1) for t in (atoms, features))
     p = matching_pursuit(unit, directions, 2)
     one, two = p.values.unbind(1)
-    # a second value for the same feature, of rounding, is no second feature
-    two = torch.where(p.indices[:, 0] == p.indices[:, 1], 0, two)
-    composed = (two >= one / 2) & (one > 0) & (p.residual.square().sum(1) < MOST)
+    composed = (two >= one / 2) & (p.residual.square().sum(1) < MOST)
     return composed.double().mean().item()
