@@ -12,6 +12,7 @@ the seed. Writes results/recovery.json, with the rates tried; see RECOVERY.md.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -127,6 +128,18 @@ def best_rate(tried: dict[float, Recovery]) -> float:
     return max(tried, key=lambda rate: tried[rate].mcc + tried[rate].f1)
 
 
+def measures(found: Recovery) -> dict[str, Any]:
+    """Fields of a Recovery for a JSON file, which knows no NaN: None in its place."""
+
+    def number(value: float) -> float | None:
+        return None if math.isnan(value) else value
+
+    return {
+        name: [number(v) for v in value] if isinstance(value, tuple) else number(value)
+        for name, value in vars(found).items()
+    }
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Means over seeds, with the standard deviation where there are two or more."""
     lines = ["| | " + " | ".join(SHOWN.values()) + " |", "|---" * (len(SHOWN) + 1) + "|"]
@@ -176,9 +189,9 @@ def main(argv: list[str] | None = None) -> int:
         for name, form in FORMS.items():
             sae = train(form, rates[name], rows, options.steps)
             row = {"form": name, "seed": seed, "rate": rates[name], **form._asdict()}
-            results.append(row | asdict(rows.judge(sae, options.judged)))
+            results.append(row | measures(rows.judge(sae, options.judged)))
             if "matching_pursuit" in form.architecture:
-                again = asdict(rows.judge(sae, options.judged, refit=True))
+                again = measures(rows.judge(sae, options.judged, refit=True))
                 refitted.append(row | {"form": name + REFIT} | again)
             print(f"seed {seed}, {time.perf_counter() - started:.0f} s: {name}", flush=True)
     results += refitted

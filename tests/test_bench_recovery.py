@@ -28,6 +28,10 @@ def test_the_study_trains_judges_and_saves(tmp_path, monkeypatch, capsys, read_j
         best = max(tried, key=lambda rate: tried[rate]["mcc"] + tried[rate]["f1"])
         assert row["rate"] == float(best)
         assert all(math.isfinite(row[measure]) for measure in recovery.SHOWN)
+        assert all(measure in row for measure in vars(Recovery(0, 0, 0, 0, 0, 0)))
+        pursuit = "matching_pursuit" in row["architecture"]
+        assert len(row["step_by_depth"]) == (2 if pursuit else 0)
+        assert pursuit or row["parent_first"] is None
     by_form = {(row["form"], row["seed"]): row for row in rows}
     for name in mp:
         plain, refitted = by_form[name, 0], by_form[name + recovery.REFIT, 0]

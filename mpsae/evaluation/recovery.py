@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from mpsae.evaluation.matching import cosines, match, uniqueness
+from mpsae.evaluation.splitting import composition, splitting
 from mpsae.evaluation.synthetic import Hierarchy
+from mpsae.evaluation.trees import absorption, depths, level_errors, selection_order
 from mpsae.metrics import RunningFVU
 from mpsae.sae import SparseAutoencoder
 from mpsae.sparse import Pursuit, SparseCode, dense_code
 
+_NAN = float("nan")
+
 
 @dataclass(frozen=True)
 class Recovery:
-    """Measures over the pairs of one latent and one feature that are matched, see `recovery`."""
+    """Measures of latents as features, see :func:`recovery`; NaN where nothing is measured."""
 
     mcc: float
-    """Mean cosine of the pairs."""
+    """Mean cosine of the pairs, see `mean_max_cosine`."""
     f1: float
     """Of a latent as a detector of its feature, mean over pairs."""
     precision: float
@@ -32,90 +35,61 @@ class Recovery:
     """Share of a child's firings in which its latent fires and its parent's is silent."""
     l0: float
     """Mean number of latents that fire in a row."""
-    explained_variance: float = float("nan")
+    explained_variance: float = _NAN
     """1 - FVU."""
+    shrinkage: float = _NAN
+    """Mean over rows of the norm of the reconstruction over that of the row; 1 is none."""
+    dead_fraction: float = _NAN
+    """Latents that fire in none of the rows."""
+    uniqueness: float = _NAN
+    """Features that are the nearest to some latent, over latents."""
+    splitting: float = _NAN
+    """Of the features with latents of their own, the share that has two or more."""
+    composition: float = _NAN
+    """Share of the latents that fire which are the sum of two features."""
+    parent_recall: float = _NAN
+    """Recall of pairs whose feature has children."""
+    child_recall: float = _NAN
+    """Recall of pairs whose feature has a parent."""
+    parent_cosine: float = _NAN
+    """Mean cosine of a child's latent and its parent's feature."""
+    flat_mse: float = _NAN
+    """Error of the cosines among latents of one level."""
+    hierarchical_mse: float = _NAN
+    """Error of the cosines among latents of different levels."""
+    parent_first: float = _NAN
+    """For a pursuit, how often a parent is selected before its child, if both are."""
+    step_by_depth: tuple[float, ...] = ()
+    """For a pursuit, the mean step, from 1 on, at which features of each depth are selected."""
 
 
-def match(dictionary: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pair latents and features one to one so that the sum of their cosines is the largest.
+def detection(on: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Judge latents as detectors of features, pair by pair.
 
-    The cosine has its sign: a latent that fires with positive values cannot stand for a feature
-    that points the other way. It does not depend on the norms of atoms.
+    With L and F the rows in which latent and feature of a pair fire:
+
+        precision  |L & F| / |L|               0 where the latent never fires
+        recall     |L & F| / |F|
+        f1         2 |L & F| / (|L| + |F|)     NaN, like recall, where the feature never fires
+
+    A latent that fires independently of its feature has the rate of the feature as its precision
+    and its own rate as its recall.
 
     Args:
-        dictionary: ``[n, d]``.
-        features: ``[F, d]``.
+        on: ``[B, m]`` bool, where latents fire.
+        truth: ``[B, m]`` bool, where their features do.
 
     Returns:
-        Latents, features (both ``[m]`` int64, m = min(n, F), latents rising) and cosines ``[m]``.
+        Precision, recall and f1, each ``[m]`` fp64.
 
     Example:
-        >>> match(torch.eye(2), torch.tensor([[0.0, 3.0], [1.0, 0.0]]))[1].tolist()
-        [1, 0]
+        >>> on, truth = torch.tensor([[True], [True], [False]]), torch.tensor([[1], [0], [1]]) > 0
+        >>> [measure.item() for measure in detection(on, truth)]
+        [0.5, 0.5, 0.5]
     """
-    cosine = F.normalize(dictionary.double(), dim=1) @ F.normalize(features.double(), dim=1).T
-    cosine = cosine.cpu()
-    turned = cosine.shape[0] > cosine.shape[1]
-    columns = torch.from_numpy(assignment(-(cosine.T if turned else cosine).numpy()))
-    rows = torch.arange(len(columns))
-    if turned:
-        columns, order = columns.sort()
-        rows, columns = columns, order
-    return rows, columns, cosine[rows, columns]
-
-
-def assignment(cost: np.ndarray) -> np.ndarray:
-    """Give each row a column of its own so that the sum of costs is the smallest.
-
-    Shortest augmenting paths with potentials: rows join one by one, each along the path of least
-    reduced cost to a free column.
-
-    Args:
-        cost: ``[m, n]``, finite, m <= n.
-
-    Returns:
-        Column of each row, ``[m]`` int64.
-
-    Notes:
-        O(m^2 n); m n steps of NumPy at worst.
-
-    References:
-        Kuhn, 1955. Jonker & Volgenant, 1987.
-
-    Example:
-        >>> assignment(np.array([[1.0, 2.0], [1.0, 4.0]])).tolist()
-        [1, 0]
-    """
-    m, n = cost.shape
-    of_row, of_column = np.zeros(m), np.zeros(n)
-    owner = np.full(n, -1)  # row of each column
-    for new in range(m):
-        distance = np.full(n, np.inf)
-        before = np.full(n, -1)  # column before on the path, -1 at its start
-        done = np.zeros(n, dtype=bool)
-        row, column, reached = new, -1, 0.0
-        while True:
-            ahead = reached + cost[row] - of_row[row] - of_column
-            closer = ~done & (ahead < distance)
-            distance[closer], before[closer] = ahead[closer], column
-            column = int(np.where(done, np.inf, distance).argmin())
-            reached, done[column] = distance[column], True
-            if owner[column] < 0:
-                break
-            row = owner[column]
-        gain = reached - distance[done]
-        of_column[done] -= gain
-        taken = owner[done]
-        of_row[taken[taken >= 0]] += gain[taken >= 0]
-        of_row[new] += reached
-        while column >= 0:
-            earlier = before[column]
-            owner[column] = new if earlier < 0 else owner[earlier]
-            column = earlier
-    columns = np.empty(m, dtype=np.int64)
-    taken = owner >= 0
-    columns[owner[taken]] = taken.nonzero()[0]
-    return columns
+    both, mine, theirs = (t.sum(0).double() for t in (on & truth, on, truth))
+    f1 = torch.where(theirs > 0, 2 * both / (mine + theirs), _NAN)
+    return both / mine.clamp_min(1), both / theirs, f1
 
 
 def recovery(
@@ -127,19 +101,18 @@ def recovery(
 ) -> Recovery:
     r"""Hold latents against the features that made the data.
 
-    Latents and features are paired by :func:`match`; measures are over these pairs only, so that
-    features for which there is no latent count nowhere. With L_p and F_p the rows in which latent
-    and feature of pair p fire:
+    Latents and features are paired one to one by the largest sum of cosines. Measures over these
+    pairs leave out features for which there is no latent; precision, recall and f1, which are means
+    of :func:`detection` over pairs, also those that never fire. With m pairs:
 
-        mcc         mean_p cos(atom, feature)
-        precision   mean_p |L_p & F_p| / |L_p|               0 where the latent never fires
-        recall      mean_p |L_p & F_p| / |F_p|
-        f1          mean_p 2 |L_p & F_p| / (|L_p| + |F_p|)
-        absorption  sum_{(p, c)} |F_c & L_c - L_p| / sum_{(p, c)} |F_c|
+        mcc               1/m sum_p cos(atom_p, feature_p)
+        parent_cosine     mean over pairs with a parent, of cos(atom_p, parent of feature_p)
+        absorption        see `trees.absorption`, over pairs of which both parent and child are one
+        parent_first, step_by_depth   see `trees.selection_order`; NaN and () for other codes
+        flat_mse, hierarchical_mse    see `trees.level_errors`
 
-    The last runs over a parent p and a child c of it that are both paired: in a row where both
-    features fire, the parent's latent is silent and the child's fires. Pairs whose feature never
-    fires are left out of precision, recall and f1.
+    Not over pairs: uniqueness over all latents (`matching.uniqueness`), splitting and composition
+    over those that fire (`splitting.splitting`, `splitting.composition`), l0 and dead_fraction.
 
     Args:
         dictionary: ``[n, d]``.
@@ -149,10 +122,16 @@ def recovery(
         parent: ``[F]`` int64, -1 for none; a feature fires only where its parent does.
 
     Returns:
-        Recovery without explained variance; NaN where nothing is measured.
+        Recovery without explained variance and shrinkage.
 
     Raises:
         ValueError: shapes disagree.
+
+    References:
+        Chanin & Garriga-Alonso, 2026, arXiv 2602.14687 (mcc, uniqueness, precision, recall, f1:
+        theirs take absolute cosines, and judge each latent, dead ones too, by its nearest feature
+        rather than by one of its own). Costa et al., 2025, arXiv 2506.03093 (parent_cosine, which
+        they call absorption, and the errors of levels).
     """
     n, count = len(dictionary), len(features)
     if magnitudes.shape != (len(code.indices), count) or parent.shape != (count,):
@@ -163,21 +142,38 @@ def recovery(
         )
     latents, matched, cosine = match(dictionary, features)
     fires = dense_code(code.indices, code.values, n) != 0
-    on, truth = fires[:, latents].double(), (magnitudes != 0)[:, matched].double()
-    both, mine, theirs = (t.sum(0) for t in (on * truth, on, truth))
-    seen = theirs > 0
+    alive = fires.any(0)
+    on, truth = fires[:, latents], (magnitudes != 0)[:, matched]
     place = torch.full((count + 1,), -1)  # the last one is the parent of roots
     place[matched] = torch.arange(len(matched))
-    above = place[parent[matched]]
-    child = (above >= 0).nonzero()[:, 0]
-    absorbed = truth[:, child] * on[:, child] * (1 - on[:, above[child]])
+    above, depth = place[parent[matched]], depths(parent)[matched]
+    precision, recall, f1 = detection(on, truth)
+    seen = truth.any(0)
+    has_child = torch.isin(matched, parent)
+    has_parent = parent[matched] >= 0
+    to_parents = cosines(dictionary[latents[has_parent]], features)
+    flat, hierarchical = level_errors(dictionary[latents], features[matched], depth)
+    first, steps = _NAN, tuple[float, ...]()
+    if isinstance(code, Pursuit):
+        first, steps = selection_order(code, latents, truth, above, depth)
     return Recovery(
         mcc=cosine.mean().item(),
-        f1=(2 * both / (mine + theirs))[seen].mean().item(),
-        precision=(both / mine.clamp_min(1))[seen].mean().item(),
-        recall=(both / theirs)[seen].mean().item(),
-        absorption=(absorbed.sum() / truth[:, child].sum()).item(),
+        f1=f1[seen].mean().item(),
+        precision=precision[seen].mean().item(),
+        recall=recall[seen].mean().item(),
+        absorption=absorption(on, truth, above),
         l0=fires.sum(1).double().mean().item(),
+        dead_fraction=1 - alive.double().mean().item(),
+        uniqueness=uniqueness(dictionary, features),
+        splitting=splitting(dictionary[alive], features),
+        composition=composition(dictionary[alive], features),
+        parent_recall=recall[seen & has_child].mean().item(),
+        child_recall=recall[seen & has_parent].mean().item(),
+        parent_cosine=to_parents.gather(1, parent[matched[has_parent], None]).mean().item(),
+        flat_mse=flat,
+        hierarchical_mse=hierarchical,
+        parent_first=first,
+        step_by_depth=steps,
     )
 
 
@@ -195,12 +191,18 @@ def evaluate_recovery(
         options: of the SAE's ``encode``, for instance ``refit=True``.
 
     Returns:
-        Recovery.
+        Recovery. Rows in which no feature fires are left out of shrinkage.
     """
     x, magnitudes = data.sample(rows, seed)
     code = sae.eval().encode(x, **options)
     residual = code.residual if isinstance(code, Pursuit) else x - sae.decode(code)
     total = RunningFVU(sae.config.d_in)
     total.update(x, residual)
+    norm = x.norm(dim=1)
+    ratio = ((x - residual).norm(dim=1) / norm)[norm > 1e-6]
     found = recovery(sae.dictionary, code, data.features, magnitudes, data.parent)
-    return Recovery(**{**vars(found), "explained_variance": 1 - total.value()})
+    return replace(
+        found,
+        explained_variance=1 - total.value(),
+        shrinkage=ratio.double().mean().item(),
+    )

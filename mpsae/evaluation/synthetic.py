@@ -2,80 +2,49 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mpsae.evaluation.directions import correlate_siblings, orthogonalize
+from mpsae.evaluation.hierarchy_config import HierarchyConfig
 
-@dataclass(frozen=True, kw_only=True)
-class HierarchyConfig:
-    """Settings of :class:`Hierarchy`."""
-
-    d: int = 96
-    """Numbers a row."""
-    roots: int = 64
-    """Features without a parent; they fire independently of each other."""
-    children: int = 5
-    """Features below each root, of which at most one fires."""
-    l0: float = 5.7
-    """Expected number of features that fire in a row."""
-    child_probability: float = 0.8
-    """That one of its children fires where a root does."""
-    zipf: float = 1.0
-    """Exponent of the rates of the roots, and of the shares of the children of a root."""
-    spread: float = 0.3
-    """Standard deviation of the logarithm of a magnitude, whose median is 1."""
-    seed: int = 0
-    """Of the directions."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("d", 1), ("roots", 1), ("children", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
-        for name in ("zipf", "spread"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be at least 0 and finite, not {value!r}")
-        if not 0 <= self.child_probability <= 1:
-            raise ValueError(
-                f"child_probability must be from 0 to 1, not {self.child_probability!r}"
-            )
-        if not 0 < self.l0 < math.inf:
-            raise ValueError(f"l0 must be above 0 and finite, not {self.l0!r}")
-        first = self._root_rates()[0].item()
-        if first > 1:
-            raise ValueError(
-                f"l0={self.l0} needs a first root of rate {first:.2f}; more roots than "
-                f"roots={self.roots} or an exponent below zipf={self.zipf} leave room for it"
-            )
-
-    def _root_rates(self) -> Tensor:
-        shares = _zipf(self.roots, self.zipf)
-        below = self.child_probability if self.children else 0.0
-        return self.l0 / (1 + below) * shares
+# An SAE of the same seed draws its first atoms from that seed itself: they would be the features.
+_STREAM = 0x9E3779B9
+_LONGEST = 0.99  # of a root's variance, at most so much comes from the shared factors
 
 
 class Hierarchy:
     """Rows that are sums of known features, each child of which fires only with its parent.
 
-    x_b = sum_f m_bf features_f. Root i fires at the rate r_i, proportional to (i + 1)^-zipf and
-    scaled so that l0 features fire in a row on average; where it does, child c of it fires with
-    probability child_probability * s_c, s_c proportional to (c + 1)^-zipf, and no two of them.
-    Magnitudes m are exp(spread * normal), drawn on their own for each firing. Directions are
-    uniform on the sphere.
+    x_b = sum_f m_bf features_f. Root i fires at the rate r_i, by default proportional to
+    (i + 1)^-zipf and scaled so that l0 features fire in a row on average; where a feature fires,
+    child c of it fires with probability child_probability * s_c, s_c proportional to
+    (c + 1)^-zipf, and no two of them. Magnitudes m are drawn on their own for each firing, by
+    default as exp(spread * normal). Directions are uniform on the sphere by default.
+
+    Roots fire on their own, or one at most, or together: root i then fires where
+
+        w_i . e + sqrt(1 - |w_i|^2) eta_i > Phi^-1(1 - r_i),   e, eta_i normal,
+
+    a Gaussian copula that leaves the rates as they are. The weights w_i have `correlation_rank`
+    entries of standard deviation correlation_scale; |w_i|^2 is cut to 0.99.
 
     Args:
-        config: :class:`HierarchyConfig`.
+        config: :class:`HierarchyConfig`; its ``costa_tree`` and ``synth_sae_bench`` give published
+            settings.
 
     Attributes:
-        features: ``[F, d]`` fp32 of unit norm, F = roots * (1 + children): the roots, then the
-            children of root 0, of root 1, ...
+        features: ``[F, d]`` fp32 of unit norm: the roots, then the children of root 0, of root 1,
+            ..., then their children in the same order.
         parent: ``[F]`` int64, -1 for roots.
-        rates: ``[F]`` fp64, how often each fires.
+        rates: ``[F]`` fp64, how often each fires (a little less often where normal magnitudes
+            reach below 0).
+        correlation: ``[roots, roots]`` fp64 of the Gaussian numbers behind the roots, None where
+            they are independent or exclusive.
+
+    References:
+        Costa et al., 2025, arXiv 2506.03093. Chanin & Garriga-Alonso, 2026, arXiv 2602.14687.
 
     Example:
         >>> data = Hierarchy(HierarchyConfig(d=8, roots=3, children=2, l0=1.5))
@@ -86,14 +55,35 @@ class Hierarchy:
 
     def __init__(self, config: HierarchyConfig):
         self.config = c = config
-        generator = torch.Generator().manual_seed(c.seed)
-        count = c.roots * (1 + c.children)
-        self.features = F.normalize(torch.randn(count, c.d, generator=generator), dim=1)
-        roots = torch.arange(c.roots)
-        self.parent = torch.cat([torch.full_like(roots, -1), roots.repeat_interleave(c.children)])
-        self._roots = c._root_rates()
-        self._shares = c.child_probability * _zipf(c.children, c.zipf)
-        self.rates = torch.cat([self._roots, (self._roots[:, None] * self._shares).flatten()])
+        generator = torch.Generator().manual_seed(c.seed + _STREAM)
+        self._roots, self._shares = c.rates_of_roots(), c.shares_of_children()
+        parent, rates = [torch.full((c.roots,), -1)], [self._roots]
+        medians = [torch.linspace(*c.magnitudes, c.roots)]
+        above = 0  # the first feature of the level above
+        for level, width in enumerate(c.widths[1:]):
+            first = width // c.children if c.children else 0  # features above with children
+            parent.append(torch.arange(above, above + first).repeat_interleave(c.children))
+            rates.append((rates[-1][:first, None] * self._shares).flatten())
+            medians.append(c.child_magnitude * medians[-1][:first].repeat_interleave(c.children))
+            above += c.widths[level]
+        self.parent, self.rates, self._medians = map(torch.cat, (parent, rates, medians))
+        directions = torch.randn(len(self.parent), c.d, generator=generator)
+        if c.directions == "orthogonal":
+            directions = orthogonalize(directions)
+        self.features = F.normalize(directions, dim=1)
+        if c.sibling_cosine:
+            self.features = correlate_siblings(self.features, self.parent, c.sibling_cosine)
+        self._factors: Tensor | None = None
+        self.correlation: Tensor | None = None
+        if c.correlation_rank:
+            shape = c.roots, c.correlation_rank
+            drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
+            self._factors = w = (c.correlation_scale * drawn).renorm(2, 0, _LONGEST**0.5)
+            self.correlation = (w @ w.T).fill_diagonal_(1)
+        self._spreads = torch.full((len(self.parent),), c.spread)
+        if c.spread_deviation:
+            normal = torch.randn(len(self.parent), generator=generator)
+            self._spreads = (self._spreads + c.spread_deviation * normal).abs()
 
     @property
     def l0(self) -> float:
@@ -117,18 +107,54 @@ class Hierarchy:
         if rows < 1:
             raise ValueError(f"rows must be at least 1, not {rows}")
         c, generator = self.config, torch.Generator().manual_seed(seed)
-        fires = torch.rand(rows, c.roots, generator=generator) < self._roots
-        # one number in [0, 1) falls into the share of one child or of none
-        ends = self._shares.cumsum(0)
-        drawn = torch.rand(rows, c.roots, 1, generator=generator, dtype=torch.float64)
-        child = (drawn < ends) & (drawn >= ends - self._shares) & fires[:, :, None]
-        fires = torch.cat([fires, child.flatten(1)], 1)
+        fires = [self._fire_roots(rows, generator)]
+        level = fires[0][:, : c.parents]
+        for _ in range(c.levels):
+            level = _one_at_most(level, self._shares, generator)
+            fires.append(level)
         normal = torch.randn(rows, len(self.parent), generator=generator)
-        magnitudes = torch.where(fires, torch.exp(c.spread * normal), 0)
+        if c.law == "lognormal":
+            drawn = self._medians * torch.exp(self._spreads * normal)
+        else:
+            drawn = (self._medians + self._spreads * normal).relu()
+        if c.law == "normal" or c.scale_by_parent:
+            self._bind_to_parents(drawn)
+        magnitudes = torch.where(torch.cat(fires, 1), drawn, 0)
         return magnitudes @ self.features, magnitudes
 
+    def _fire_roots(self, rows: int, generator: torch.Generator) -> Tensor:
+        """Whether each root fires; ``[rows, roots]``."""
+        c = self.config
+        if c.exclusive_roots:
+            return _one_at_most(torch.ones(rows, 1, dtype=torch.bool), self._roots, generator)
+        if self._factors is None:
+            return torch.rand(rows, c.roots, generator=generator) < self._roots
+        options: dict = {"generator": generator, "dtype": torch.float64}
+        shared = torch.randn(rows, c.correlation_rank, **options) @ self._factors.T
+        own = torch.randn(rows, c.roots, **options)
+        own *= (1 - self._factors.square().sum(1)).sqrt()
+        return shared + own > -torch.special.ndtri(self._roots)
 
-def _zipf(count: int, exponent: float) -> Tensor:
-    """Shares that fall as (i + 1)^-exponent and sum to 1; ``[count]`` fp64."""
-    weights = torch.arange(1, count + 1, dtype=torch.float64).pow(-exponent)
-    return weights / weights.sum()
+    def _bind_to_parents(self, magnitudes: Tensor) -> None:
+        """Scale children by their parents; where a parent's magnitude is 0, so is theirs."""
+        start = self.config.roots
+        for width in self.config.widths[1:]:
+            level = slice(start, start + width)
+            above = magnitudes[:, self.parent[level]]  # scaled already
+            if self.config.scale_by_parent:
+                magnitudes[:, level] *= above / self._medians[self.parent[level]]
+            else:
+                magnitudes[:, level] *= above > 0
+            start += width
+
+
+def _one_at_most(parents: Tensor, shares: Tensor, generator: torch.Generator) -> Tensor:
+    """Let child c of a parent that fires fire with probability shares[c], no two of them.
+
+    ``[rows, P]`` bool and ``[C]`` fp64 -> ``[rows, P * C]`` bool.
+    """
+    # one number in [0, 1) falls into the share of one child or of none
+    ends = shares.cumsum(0)
+    drawn = torch.rand(*parents.shape, 1, generator=generator, dtype=torch.float64)
+    child = (drawn < ends) & (drawn >= ends - shares) & parents[:, :, None]
+    return child.flatten(1)
