@@ -5,7 +5,7 @@ HOSTS ?= .venv-hosts
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-integrations lint bench test-slow test-gpu bench-gpu plots study recovery aot snapshot clean
+.PHONY: demo test test-integrations lint bench test-slow test-gpu bench-gpu plots study recovery compare aot snapshot clean
 
 demo: $(READY)
 	@echo "== demo: train MP and TopK SAEs on the embedded model and compare them"
@@ -53,6 +53,10 @@ study: $(READY)
 recovery: $(READY)
 	@echo "== which SAEs recover the features that synthetic data are made of"
 	@$(BIN)/python bench/recovery.py
+
+compare: $(READY)
+	@echo "== MP and its rivals at equal L0, three seeds: reconstruction beside interpretability"
+	@$(BIN)/python bench/compare.py
 
 aot: $(READY)
 	@echo "== Triton kernels compiled ahead of time: registers, spills, shared memory"

@@ -114,6 +114,19 @@ def test_the_learnt_threshold_keeps_k_latents_on_average(kind):
     torch.testing.assert_close(alone, code.code(N)[:30], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["batch_topk", "matryoshka"])
+def test_a_calibrated_threshold_keeps_k_latents_of_these_rows(kind):
+    sae, x = shaken(kind).eval(), rows(400, seed=3)
+    sae.calibrate(x.reshape(20, 20, -1))
+    code = sae.encode(x)
+    assert l0(code.indices, code.values).sum() == K * 400
+    before = sae.threshold.clone()
+    with torch.no_grad():
+        sae.b_enc -= 1e3  # nothing fires
+    sae.calibrate(x)
+    assert torch.equal(sae.threshold, before)
+
+
 def test_the_threshold_is_a_running_mean_of_the_smallest_latent_kept():
     sae = shaken("batch_topk", threshold_momentum=0.75)
     expected = None

@@ -70,6 +70,20 @@ class BatchTopKSAE(TopKSAE):
         shape = (*x.shape[:-1], indices.shape[1])
         return self._with_gradient(x, SparseCode(indices.reshape(shape), values.reshape(shape)))
 
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Set the threshold so that the mean L0 of these rows is k, or as near as they allow.
+
+        Args:
+            x: ``[..., d_in]``, rows that were not trained on; as much memory is needed as to encode
+                them at once.
+        """
+        rows = self.latents(x).reshape(-1, self.config.d_sae)
+        none = torch.full_like(self.threshold, -1)
+        *_, smallest = chosen_of_batch(rows, none, self.config.k * rows.shape[0])
+        below = torch.nextafter(smallest, torch.zeros_like(smallest))  # it is itself to be kept
+        self.threshold.copy_(torch.where(smallest > 0, below, self.threshold))
+
     def _learn_threshold(self, smallest: Tensor) -> None:
         mixed = torch.lerp(smallest, self.threshold, self.config.threshold_momentum)
         learnt = torch.where(self.threshold < 0, smallest, mixed)

@@ -262,6 +262,17 @@ class TrainConfig:
         """Make one SAE, untrained."""
         return ARCHITECTURES[architecture](self.sae_config(architecture, d_in, d_out))
 
+    def metadata(self, hookpoint: str) -> dict[str, Any]:
+        """Say what an SAE of a hookpoint is trained on, as its cfg.json keeps it."""
+        return {
+            "model_name": self.model,
+            "hook_name": hookpoint,
+            "dataset_path": self.dataset,
+            "context_size": self.text.context,
+            "prepend_bos": self.text.prepend_bos,
+            "text": asdict(self.text),
+        }
+
     def as_json(self) -> dict[str, Any]:
         """Give the settings as JSON has them."""
         return json.loads(json.dumps(asdict(self), default=str))

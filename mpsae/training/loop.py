@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -207,14 +207,7 @@ class _Run:
                 maps = is_transcoder(architecture)
                 d_in = widths[input_of(hookpoint) if maps else hookpoint]
                 sae = config.make_sae(architecture, d_in, widths[hookpoint]).to(model.device)
-                sae.metadata = {
-                    "model_name": config.model,
-                    "hook_name": hookpoint,
-                    "dataset_path": config.dataset,
-                    "context_size": config.text.context,
-                    "prepend_bos": config.text.prepend_bos,
-                    "text": asdict(config.text),
-                }
+                sae.metadata = config.metadata(hookpoint)
                 # one pass over weights, gradient and moments in place of ten
                 fused = model.device.type in ("cpu", "cuda")
                 optimizer = make_optimizer(
