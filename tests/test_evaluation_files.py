@@ -24,7 +24,7 @@ def test_what_fails_leaves_the_old_result_and_nothing_beside_it(tmp_path, monkey
     files.write(tmp_path, "x", {"a": 1})
     with pytest.raises(TypeError):
         files.write(tmp_path, "x", {"a": object()})
-    monkeypatch.setattr("pathlib.Path.write_text", lambda self, text: self.touch() or 1 / 0)
+    monkeypatch.setattr("pathlib.Path.write_text", lambda path, _: path.write_bytes(b"{") / 0)
     with pytest.raises(ZeroDivisionError):
         files.write(tmp_path, "x", {"a": 2})
     assert files.read(tmp_path, "x") == {"a": 1}
