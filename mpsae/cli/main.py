@@ -16,6 +16,7 @@ from mpsae import __version__
 _USAGE = {
     "train": "mpsae train [MODEL [DATASET]] [options]",
     "eval": "mpsae eval RUN... [options]",
+    "probe": "mpsae probe RUN... [options]",
     "bench": "mpsae bench [--d D --n N --k K --batch B] [options]",
     "convert": "mpsae convert SRC DST --to FORMAT",
     "demo": "mpsae demo [options]",
@@ -23,11 +24,12 @@ _USAGE = {
 
 
 def _commands() -> dict[str, tuple[type, Callable[[Any], object]]]:
-    from mpsae.cli import bench, convert, demo, eval, train
+    from mpsae.cli import bench, convert, demo, eval, probe, train
 
     return {
         "train": (train.TrainConfig, train.run),
         "eval": (eval.EvalConfig, eval.run),
+        "probe": (probe.ProbeConfig, probe.run),
         "bench": (bench.BenchConfig, bench.run),
         "convert": (convert.ConvertConfig, convert.run),
         "demo": (demo.DemoConfig, demo.run),
