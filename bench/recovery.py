@@ -35,7 +35,7 @@ from mpsae.sae.matryoshka import MatryoshkaConfig
 N, K = 256, 6
 BATCH = 1024
 SELECTION_SEED = 1000
-RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+RATES = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]
 REFIT = " + NNLS"
 SHOWN = {"explained_variance": "expl. var.", "mcc": "MCC", "f1": "F1", "absorption": "absorption",
          "l0": "L0"}  # fmt: skip

@@ -11,11 +11,15 @@ import pytest
 
 import mpsae
 from mpsae.activations import BufferConfig, TextConfig
+from mpsae.cli.autointerp import AutointerpConfig
 from mpsae.cli.bench import BenchConfig
 from mpsae.cli.convert import ConvertConfig
 from mpsae.cli.demo import DemoConfig
-from mpsae.cli.eval import EvalConfig, find_saes
+from mpsae.cli.eval import EvalConfig
+from mpsae.cli.latents import LatentsConfig
 from mpsae.cli.main import main
+from mpsae.cli.probe import ProbeConfig
+from mpsae.cli.saes import find_saes
 from mpsae.sae import TopKConfig, TopKSAE
 from mpsae.training import TrainConfig, loop
 
@@ -234,6 +238,7 @@ def test_sae_settings_reach_the_sae(arguments, tmp_path, read_json):
 @pytest.mark.parametrize(
     ("command", "configs"),
     [("train", [TrainConfig, TextConfig, BufferConfig]), ("eval", [EvalConfig]),
+     ("probe", [ProbeConfig]), ("latents", [LatentsConfig]), ("autointerp", [AutointerpConfig]),
      ("bench", [BenchConfig]), ("convert", [ConvertConfig]), ("demo", [DemoConfig])],
 )  # fmt: skip
 def test_help_lists_every_option_with_what_it_does(command, configs, capsys):
@@ -248,16 +253,16 @@ def test_help_lists_every_option_with_what_it_does(command, configs, capsys):
     positional = {"model", "dataset", "runs", "source", "target"}
     for config in configs:
         names = [f.name for f in fields(config) if f.metadata.get("cmd", True)]
-        body = ast.parse(inspect.getsource(config)).body[0].body
         texts = {
             field.target.id: text.value.value
-            for field, text in pairwise(body)
+            for own in reversed(config.__mro__[:-1])  # the nearest says it last
+            for field, text in pairwise(ast.parse(inspect.getsource(own)).body[0].body)
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
         }
         for name in names:
             if name in ("text", "buffer"):
                 continue
-            if not (name in positional and config in (TrainConfig, EvalConfig, ConvertConfig)):
+            if name not in positional:
                 assert f"--{name}" in shown
             assert " ".join(texts[name].split()) in words, name
 

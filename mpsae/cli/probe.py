@@ -8,10 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from simple_parsing import field as option
-
-from mpsae.activations import TextConfig, load_language_model
-from mpsae.cli.eval import find_saes
+from mpsae.activations import TextConfig
+from mpsae.cli.saes import Models, SAEsConfig
 from mpsae.cli.table import number, table
 from mpsae.evaluation import files
 from mpsae.evaluation.probing import (
@@ -27,15 +25,12 @@ from mpsae.evaluation.probing import (
 )
 from mpsae.evaluation.reconstruction import source_of
 from mpsae.sae import SparseAutoencoder
-from mpsae.training import pick_device
 
 
 @dataclass(kw_only=True)
-class ProbeConfig:
+class ProbeConfig(SAEsConfig):
     """Find labelled features of held-out text in the latents of trained SAEs."""
 
-    runs: list[Path] = option(positional=True, nargs="+", metavar="RUN")
-    """Folders of runs, or of single SAEs."""
     max_tokens: int = 40_000
     """Held-out tokens to look at."""
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
@@ -44,16 +39,6 @@ class ProbeConfig:
     """Latents of sparse probes."""
     seed: int = 0
     """Of the split of documents into those that train probes and those that test them."""
-    batch: int = 16
-    """Sequences at a time."""
-    device: str = "auto"
-    """cuda, cpu, or auto."""
-    model: str | None = None
-    """Model in place of the one that an SAE was trained on."""
-    dataset: str | None = None
-    """Dataset in place of the one that an SAE was trained on."""
-    hookpoint: str | None = None
-    """Hookpoint in place of the one that an SAE was trained on."""
 
 
 class Origin(NamedTuple):
@@ -78,13 +63,8 @@ def probe_folders(config: ProbeConfig) -> dict[str, dict[str, Any]]:
     for name in config.tasks:
         if name not in TASKS:
             raise ValueError(f"no task {name!r}; there are {', '.join(TASKS)}")
-    device = pick_device(config.device)
-    saes: dict[Path, tuple[SparseAutoencoder, Origin]] = {}
-    for run in config.runs:
-        for folder in find_saes(run):
-            sae = SparseAutoencoder.from_pretrained(folder, device)
-            saes[folder] = sae, _origin(folder, sae, config)
-    sources = _Sources(config, device)
+    saes = {folder: (sae, _origin(folder, sae, config)) for folder, sae in config.saes()}
+    sources = _Sources(config)
     results: dict[Path, dict[str, Any]] = {}
     # SAEs of one hookpoint in a row, so that only its activations are held
     for folder, (sae, origin) in sorted(saes.items(), key=lambda item: item[1][1]):
@@ -98,25 +78,15 @@ def probe_folders(config: ProbeConfig) -> dict[str, dict[str, Any]]:
 
 
 def _origin(folder: Path, sae: SparseAutoencoder, config: ProbeConfig) -> Origin:
-    known = sae.metadata
-    name = config.model or known.get("model_name")
-    hookpoint = config.hookpoint or known.get("hook_name")
-    if name is None or hookpoint is None:
-        raise ValueError(
-            f"{folder} does not say on which model and hookpoint it was trained (metadata of "
-            "cfg.json)"
-        )
-    text = TextConfig(**known.get("text", {"context": known.get("context_size", 256)}))
-    text.dataset = config.dataset or text.dataset
-    return Origin(name, source_of(sae, hookpoint), json.dumps(asdict(text)))
+    model, hookpoint, text = config.origin(folder, sae)
+    return Origin(model, source_of(sae, hookpoint), json.dumps(asdict(text)))
 
 
 class _Sources:
     """Models, labelled texts, and the probed activations of the last hookpoint."""
 
-    def __init__(self, config: ProbeConfig, device: Any):
-        self.config, self.device = config, device
-        self._models: dict[str, Any] = {}
+    def __init__(self, config: ProbeConfig):
+        self.config, self._models = config, Models(config.device)
         self._texts: dict[tuple[str, str], tuple[AlignedText, Labels]] = {}
         self._last: tuple[Origin, Probed] | None = None
 
@@ -125,8 +95,6 @@ class _Sources:
             return self._last[1]
         config = self.config
         tasks = [TASKS[name] for name in config.tasks]
-        if origin.model not in self._models:
-            self._models[origin.model] = load_language_model(origin.model, device=self.device)
         model, tokenizer = self._models[origin.model]
         key = origin.model, origin.text
         if key not in self._texts:
