@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from rates import walk
 from save import RESULTS, save
 from study import train
 from tradeoff import activations, judge
@@ -39,7 +41,7 @@ from mpsae.sae.checkpoint import renamed
 from mpsae.training import TrainConfig, pick_device
 
 SELECTION_SEED = 1000
-RATES = [1e-3, 3e-3, 1e-2]
+RATES = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
 SPARE_TOKENS = 20_000  # to choose rates and to calibrate on
 
 
@@ -106,6 +108,11 @@ def trained(config: TrainConfig, batches: list[Tensor], spare: Tensor) -> Sparse
     return sae
 
 
+def score(fvu: float) -> float:
+    """The less FVU the better; training that diverged is worst."""
+    return -fvu if math.isfinite(fvu) else -math.inf
+
+
 def chosen_rates(
     batches: list[Tensor], spare: Tensor, k: int, tokens: int, file: Path
 ) -> dict[str, dict[str, float]]:
@@ -113,11 +120,13 @@ def chosen_rates(
     tried: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
     for name, form in FORMS.items():
         if name not in tried:
-            saes = {
-                rate: trained(config_of(form, rate, SELECTION_SEED, k, tokens), batches, spare)
-                for rate in RATES
-            }
-            tried[name] = {str(rate): judge(sae, [spare])["fvu"] for rate, sae in saes.items()}
+
+            def fvu(rate: float, form: Form = form) -> float:
+                config = config_of(form, rate, SELECTION_SEED, k, tokens)
+                return judge(trained(config, batches, spare), [spare])["fvu"]
+
+            found = walk(RATES, fvu, score)
+            tried[name] = {str(rate): found[rate] for rate in sorted(found)}
             with renamed(file) as temporary:
                 temporary.write_text(json.dumps(tried))
             print(f"{name}: FVU by rate {tried[name]}", flush=True)
@@ -182,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
             folder = runs / f"seed-{seed}" / name.replace(" + ", "-")
             folders[name, seed] = folder
             if not (folder / "sae_weights.safetensors").exists():
-                rate = float(min(tried[name], key=tried[name].__getitem__))
+                rate = float(max(tried[name], key=lambda rate: score(tried[name][rate])))
                 config = config_of(form, rate, seed, k, tokens)
                 trained(config, batches, spare).save_pretrained(folder)
                 print(f"trained: {folder}", flush=True)

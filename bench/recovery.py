@@ -16,7 +16,6 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from rates import best_rate, neighbours, walk
 from save import RESULTS, save
 
 from mpsae.evaluation import Hierarchy, HierarchyConfig, Recovery, evaluate_recovery
@@ -104,28 +104,9 @@ def train(form: Form, rate: float, rows: Rows, steps: int) -> SparseAutoencoder:
     return sae.eval()
 
 
-def neighbours(rate: float, rates: list[float]) -> list[float]:
-    """Give the rates next to one in a rising grid: two, or one at its ends."""
-    at = rates.index(rate)
-    return rates[max(at - 1, 0) : at] + rates[at + 1 : at + 2]
-
-
-def walk(rates: list[float], measure: Callable[[float], Recovery]) -> dict[float, Recovery]:
-    """Measure rates of a rising grid until the best has no neighbour that was not measured.
-
-    The start is every second rate, not one: measures of some forms have two peaks.
-    """
-    tried: dict[float, Recovery] = {}
-    left = rates[1::2] or rates
-    while left:
-        tried |= {rate: measure(rate) for rate in left}
-        left = [rate for rate in neighbours(best_rate(tried), rates) if rate not in tried]
-    return tried
-
-
-def best_rate(tried: dict[float, Recovery]) -> float:
-    """Choose the rate with the best mean of MCC and F1."""
-    return max(tried, key=lambda rate: tried[rate].mcc + tried[rate].f1)
+def score(found: Recovery) -> float:
+    """Twice the mean of MCC and F1, by which a rate is chosen."""
+    return found.mcc + found.f1
 
 
 def measures(found: Recovery) -> dict[str, Any]:
@@ -176,8 +157,9 @@ def main(argv: list[str] | None = None) -> int:
             lambda rate, form=form: selection.judge(
                 train(form, rate, selection, options.steps), options.judged
             ),
+            score,
         )
-        rates[name] = best_rate(found)
+        rates[name] = best_rate(found, score)
         bracketed[name] = len(neighbours(rates[name], grid)) == 2
         tried[name] = {str(rate): {"mcc": r.mcc, "f1": r.f1} for rate, r in sorted(found.items())}
         told = "" if bracketed[name] else ", an end of the grid"

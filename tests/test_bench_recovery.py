@@ -43,36 +43,6 @@ def test_the_study_trains_judges_and_saves(tmp_path, monkeypatch, capsys, read_j
     assert shown.splitlines()[-1] == str(tmp_path / "recovery.json")
 
 
-def measured(score):
-    return Recovery(score, 0.0, 0, 0, 0, 6, 0.9)
-
-
-@pytest.mark.parametrize("peak", recovery.RATES)
-def test_the_walk_finds_a_peak_and_looks_at_both_sides_of_it(peak):
-    grid, seen = recovery.RATES, []
-
-    def measure(rate):
-        seen.append(rate)
-        return measured(-abs(math.log(rate / peak)))
-
-    tried = recovery.walk(grid, measure)
-    assert recovery.best_rate(tried) == peak
-    assert set(recovery.neighbours(peak, grid)) <= set(tried) == set(seen)
-    assert len(seen) == len(set(seen)) <= 5
-
-
-def test_the_walk_goes_to_the_higher_of_two_peaks():
-    scores = dict(zip(recovery.RATES, [1.78, 1.82, 1.79, 1.81, 1.80, 1.80, 1.7], strict=True))
-    tried = recovery.walk(recovery.RATES, lambda rate: measured(scores[rate]))
-    assert sorted(tried) == [*recovery.RATES[:4], recovery.RATES[5]]
-    assert recovery.best_rate(tried) == recovery.RATES[1]
-
-
-def test_a_grid_of_one_rate_is_that_rate():
-    assert list(recovery.walk([1e-3], lambda rate: measured(rate))) == [1e-3]
-    assert recovery.neighbours(1e-3, [1e-3]) == []
-
-
 def test_the_same_seed_trains_the_same_sae():
     rows = recovery.Rows.draw(5, 400)
     form = recovery.FORMS["BatchMP + penalty + blocks"]
