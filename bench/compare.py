@@ -109,7 +109,7 @@ def trained(config: TrainConfig, batches: list[Tensor], spare: Tensor) -> Sparse
 
 
 def score(fvu: float) -> float:
-    """The less FVU the better; training that diverged is worst."""
+    """Prefer less FVU; training that diverged is worst."""
     return -fvu if math.isfinite(fvu) else -math.inf
 
 
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file")
     options = parser.parse_args(argv)
     k, tokens = options.k, options.max_tokens
-    first = config_of(FORMS["TopK"], RATES[0], 0, k, tokens)
+    first = config_of(Form("topk"), RATES[0], 0, k, tokens)
     model = load_language_model(device=pick_device("auto"))
     *batches, spare = rows_of(first, tokens, model)
     runs = options.runs / f"k {k}, {tokens} tokens"

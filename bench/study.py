@@ -80,6 +80,7 @@ TRANSCODERS = (
     Variant("MP, encoder not normalised", "mp_transcoder", ("form=unnormalized_encoder",)),
     Variant("MP, second decoder subtracted", "mp_transcoder", ("form=separate_decoder",)),
     Variant("MP, decoder subtracted", "mp_transcoder", ("form=primary_decoder",)),
+    Variant("MP, ITO in each step", "mp_transcoder", ("form=ito",)),
 )
 GROUPS = {RESIDUAL: SAES, MLP: SAES, TRANSCODED: TRANSCODERS}
 ITO = {"TopK, ITO by MP": "mp", "TopK, ITO by gradient pursuit": "gradient"}
