@@ -29,14 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rates import walk
 from save import RESULTS, save
-from study import train
+from study import calibrate, train
 from tradeoff import activations, judge
 
 from mpsae.activations import load_language_model
 from mpsae.cli import autointerp, eval, probe
 from mpsae.cli.demo import HOOKPOINT
 from mpsae.evaluation import files
-from mpsae.sae import BatchMatchingPursuitSAE, BatchTopKSAE, SparseAutoencoder
+from mpsae.sae import SparseAutoencoder
 from mpsae.sae.checkpoint import renamed
 from mpsae.training import TrainConfig, pick_device
 
@@ -102,8 +102,7 @@ def rows_of(config: TrainConfig, tokens: int, model: Any) -> Iterator[Tensor]:
 def trained(config: TrainConfig, batches: list[Tensor], spare: Tensor) -> SparseAutoencoder:
     """Train an SAE and calibrate what it has a threshold for."""
     sae = train(config, [(x,) for x in batches]).sae.eval()
-    if isinstance(sae, BatchTopKSAE | BatchMatchingPursuitSAE):
-        sae.calibrate(spare)
+    calibrate(sae, spare)
     sae.metadata = config.metadata(HOOKPOINT)
     return sae
 

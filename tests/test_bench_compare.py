@@ -13,20 +13,17 @@ def test_the_comparison_runs_and_goes_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compare, "SPARE_TOKENS", 2048)
     few = partial(compare.probe.ProbeConfig, tasks=["digit"], ks=[1, 5])
     monkeypatch.setattr(compare.probe, "ProbeConfig", few)
-    call = "-k 6 --seeds 2 --max_tokens 4096 --heldout_tokens 3000 --latents 5"
+    call = "-k 6 --seeds 1 --max_tokens 4096 --heldout_tokens 1500 --latents 3"
     call = [*call.split(), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
     assert compare.main(call) == 0
     result = json.loads((tmp_path / "compare.json").read_text())
     rows = result["rows"]
-    assert [(row["form"], row["seed"]) for row in rows] == [
-        (name, seed) for seed in (0, 1) for name in forms
-    ]
+    assert [(row["form"], row["seed"]) for row in rows] == [(name, 0) for name in forms]
     assert set(result["selection"]["fvu"]) == set(forms)
     for row in rows:
         assert set(row) == {"form", "seed", *compare.MEASURES}
         assert 0 < row["FVU"] < 1.5
         assert 4 < row["L0"] < 9  # calibrated on other rows of the text
-    assert rows[0]["FVU"] != rows[2]["FVU"]
     assert "\n".join(compare.table(rows)) in capsys.readouterr().out
     monkeypatch.setattr(compare, "trained", None)  # not called: what is trained is read
     for command in (compare.eval, compare.probe, compare.autointerp):
