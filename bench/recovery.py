@@ -71,9 +71,9 @@ class Rows(NamedTuple):
     seed: int
 
     @classmethod
-    def draw(cls, seed: int, rows: int) -> Rows:
-        """Draw; the rows of judgement are a third seed's."""
-        data = Hierarchy(HierarchyConfig(seed=seed))
+    def draw(cls, seed: int, rows: int, **settings: Any) -> Rows:
+        """Draw, with settings of the data; the rows of judgement are a third seed's."""
+        data = Hierarchy(HierarchyConfig(seed=seed, **settings))
         train, heldout = (data.sample(rows // share, 3 * seed + i) for i, share in ((0, 1), (1, 5)))
         return cls(data, train[0], heldout[0], seed)
 
@@ -82,10 +82,12 @@ class Rows(NamedTuple):
         return evaluate_recovery(sae, self.data, rows=rows, seed=3 * self.seed + 2, **options)
 
 
-def train(form: Form, rate: float, rows: Rows, steps: int) -> SparseAutoencoder:
+def train(
+    form: Form, rate: float, rows: Rows, steps: int, n: int = N, k: int = K
+) -> SparseAutoencoder:
     """Train one SAE: Adam, warm-up of a twentieth, decay over the last fifth."""
     cls = ARCHITECTURES[form.architecture]
-    sizes = {"d_in": rows.train.shape[1], "d_sae": N, "k": K, "seed": rows.seed}
+    sizes = {"d_in": rows.train.shape[1], "d_sae": n, "k": k, "seed": rows.seed}
     # a latent is dead after about a hundred batches
     sae = cls(cls.config_class(**sizes, dead_after=100 * BATCH, **form.settings)).train()
     optimizer = torch.optim.Adam(sae.parameters(), lr=rate, fused=True)
