@@ -63,7 +63,11 @@ class RunningFVU:
 
     def value(self) -> float:
         """FVU of everything so far; NaN before the first row."""
+        return self.error / self.variance()
+
+    def variance(self) -> float:
+        """Sum ||x - mean||^2 of everything so far; NaN where there is none."""
         if not self.rows:
             return float("nan")
         total = self.square - self.sum.square().sum().item() / self.rows
-        return self.error / total if total > 0 else float("nan")
+        return total if total > 0 else float("nan")

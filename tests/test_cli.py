@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -84,18 +85,28 @@ def test_train_then_eval(kind, arguments, tiny_models, tmp_path, capsys, read_js
     assert shown == [*map(str, saes), f"judge it with: mpsae eval {out}"]
     results = tmp_path / "results.json"
     assert main(["eval", str(out), "--max_tokens", "150", "--json", str(results)]) == 0
-    table = capsys.readouterr().out.splitlines()
-    header = "SAE FVU L0 dead CE recovered CE clean CE SAE CE mean"
+    shown = capsys.readouterr().out.splitlines()
+    files = [sae / "evaluation" / "reconstruction.json" for sae in saes]
+    assert shown[: len(saes) + 1] == [*(f"written: {file}" for file in files), ""]
+    table = shown[len(saes) + 1 :]
+    assert max(map(len, table)) <= 100
+    header = "SAE FVU cosine CE recovered CE clean CE SAE CE mean later FVU"
     assert " ".join(table[0].split()) == header
     written = read_json(results)
     assert list(written) == [str(sae) for sae in saes]
-    for line, (name, values) in zip(table[2:], written.items(), strict=False):
+    for line, file, (name, values) in zip(table[2:], files, written.items(), strict=False):
         cells = line.split()
-        assert cells[:2] == [name, f"{values['fvu']:.4f}"]
-        assert (cells[-1] == "n/a") == (kind == "bert")
+        assert cells[:2] == [os.path.relpath(name, out), f"{values['fvu']:.4f}"]
+        assert (cells[4] == "n/a") == (kind == "bert")
         assert (values["ce_clean"] is None) == (kind == "bert")
         assert len(values["fvu_at_k"]) == (3 if "matching_pursuit" in name else 0)
-    assert table[-1].endswith("held-out tokens; cross-entropy in nats a token")
+        kept = read_json(file)
+        assert values.items() <= kept.items()
+        width = kept["sae"]["d"]
+        architecture = name.split(os.sep)[-2]
+        assert kept["sae"] == {"architecture": architecture, "n": 4 * width, "d": width, "k": 3}
+        assert (kept["hookpoint"], kept["ito"]) == (Path(name).name, None)
+    assert table[-2].split()[0] >= "150"
     assert sum("stopped after k steps" in line for line in table) == len(hookpoints)
 
 
@@ -111,6 +122,26 @@ def test_eval_takes_runs_single_saes_and_other_texts(trained, tmp_path, capsys, 
     assert main([*argv, "--dataset", str(other)]) == 0
     assert read_json(results)[str(sae)]["fvu"] != first[str(sae)]["fvu"]
     capsys.readouterr()
+
+
+def test_eval_names_later_hookpoints_and_shows_what_it_cannot_write(
+    trained, tmp_path, capsys, read_json
+):
+    sae = shutil.copytree(trained / "topk" / "layers.1", tmp_path / "sae")
+    argv = ["eval", str(sae), "--max_tokens", "50", "--downstream"]
+    for names in (["layers.2", "layers.2.mlp:input"], []):
+        assert main([*argv, *names]) == 0
+        kept = read_json(sae / "evaluation" / "reconstruction.json")["downstream_fvu"]
+        assert list(kept) == names
+        assert all(0 < value < 2 for value in kept.values())
+    assert "layers.0: not run after layers.1" in fails([*argv, "layers.0"], capsys)
+    shutil.rmtree(sae / "evaluation")
+    (sae / "evaluation").touch()
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    assert "written" not in out
+    assert "CE recovered" in out
+    assert "mpsae: not written: " in err
 
 
 def test_eval_of_an_unfinished_run_takes_its_newest_checkpoint(
@@ -263,6 +294,10 @@ def test_eval_puts_a_pursuit_on_the_decoder(trained, tmp_path, capsys, read_json
     assert shown["omp"]["l0"] == 5
     assert len(shown["mp"]["fvu_at_k"]) == 5
     assert shown["omp"]["fvu_at_k"] == []
+    for ito, values in shown.items():
+        name = "reconstruction" if ito is None else f"reconstruction-ito-{ito}-k5"
+        kept = read_json(topk / "evaluation" / f"{name}.json")
+        assert (kept["fvu"], kept["ito"]) == (values["fvu"], ito)
     named = read_json(topk / "cfg.json")
     del named["metadata"]["hook_name"]
     (tmp_path / "sae").mkdir()

@@ -15,6 +15,7 @@ from mpsae import (
 )
 from mpsae.activations import TextConfig, load_language_model, record, sequences
 from mpsae.evaluation import evaluate
+from mpsae.evaluation.coherence import coherence
 from mpsae.metrics import RunningFVU, fvu
 
 D = 16
@@ -88,6 +89,13 @@ def test_perfect_sae_recovers_everything(kind, hookpoint, models, text):
     assert result.ce_recovered == pytest.approx(1, abs=1e-2)
     assert result.dead_fraction == 0
     assert result.fvu_at_k[-1] == pytest.approx(0, abs=1e-9)
+    assert (result.explained_variance, result.cosine) == pytest.approx((1, 1), abs=1e-6)
+    assert list(result.downstream_fvu.values()) == pytest.approx([0] * LATER[hookpoint], abs=1e-9)
+    assert (result.coherence, result.l0_at_k[0], result.reselection_rate) == (1, 1, 0)
+    assert result.mean_coherence == pytest.approx(1 / (2 * D - 1), abs=1e-6)
+
+
+LATER = {"layers.1": 1, "layers.1.mlp:input": 2, "layers.2": 0, "h.0": 1, "layers.0": 1}
 
 
 def test_mean_recovers_nothing(models, text):
@@ -96,6 +104,10 @@ def test_mean_recovers_nothing(models, text):
     assert result.fvu == pytest.approx(1, abs=1e-6)
     assert result.ce_recovered == pytest.approx(0, abs=1e-4)
     assert (result.l0, result.dead_fraction, result.fvu_at_k) == (0, 1, [])
+    assert (result.dense_fraction, result.firing["dead"]) == (0, 2 * D)
+    assert result.explained_variance == pytest.approx(0, abs=1e-6)
+    assert (result.reselection_rate, result.rescored_rate) == (None, None)
+    assert set(result.babel_selected.values()) == {0}
 
 
 @pytest.mark.parametrize(
@@ -117,6 +129,16 @@ def test_measures_equal_those_of_all_rows_at_once(sae, batch, models, text):
     assert result.fvu == pytest.approx(fvu(x.double(), output.reconstruction.double()).item())
     assert result.l0 == pytest.approx((dense != 0).sum(1).double().mean().item())
     assert result.dead_fraction == pytest.approx((dense == 0).all(0).double().mean().item())
+    cosine = torch.cosine_similarity(x.double(), output.reconstruction.double()).mean()
+    assert result.cosine == pytest.approx(cosine.item(), rel=1e-6)
+    counts = (dense != 0).sum(1)
+    assert (result.l0_min, result.l0_max) == (int(counts.min()), int(counts.max()))
+    often = (dense != 0).double().mean(0) > 0.1
+    assert result.dense_fraction == pytest.approx(often.double().mean().item())
+    alone = [coherence(sae.dictionary[row != 0], [2]).babel[2] for row in dense if row.any()]
+    assert result.babel_selected[2] == pytest.approx(sum(alone) / len(x), rel=1e-5)
+    assert result.babel == coherence(sae.dictionary, [1, 2, 4, 8]).babel
+    assert result.encode_us > 0
 
 
 def test_cross_entropy_is_that_of_the_model_on_text_tokens(models, text):
@@ -143,12 +165,14 @@ def test_fvu_at_k_equals_evaluating_with_k_steps(options, models, text):
     for k in range(1, 7):
         stopped = evaluate(pursuit(k, **options), *models["llama"], "layers.1", text)
         assert full.fvu_at_k[k - 1] == pytest.approx(stopped.fvu, rel=1e-5)
+        assert full.l0_at_k[k - 1] == pytest.approx(stopped.l0)
 
 
 def test_encoder_has_no_cross_entropy(models, text):
     result = evaluate(identity(), *models["bert"], "encoder.layer.0", text)
     assert result.fvu == pytest.approx(0, abs=1e-9)
     assert (result.ce_clean, result.ce_sae, result.ce_mean, result.ce_recovered) == (None,) * 4
+    assert result.downstream_fvu == {"encoder.layer.1": pytest.approx(0, abs=1e-9)}
 
 
 @pytest.mark.parametrize("max_tokens", [1, 100, 300])

@@ -406,6 +406,8 @@ def test_a_perfect_skip_recovers_a_linear_module(tiny_models, short_text):
     result = evaluate(transcoder, model, tokenizer, hookpoint, text)
     assert result.fvu == pytest.approx(0, abs=1e-8)
     assert result.ce_sae == pytest.approx(result.ce_clean, abs=1e-5)
+    later = {"layers.1": pytest.approx(0, abs=1e-8), "layers.2": pytest.approx(0, abs=1e-8)}
+    assert result.downstream_fvu == later
 
 
 def test_train_and_eval_on_the_embedded_model(tmp_path, capsys, read_json):

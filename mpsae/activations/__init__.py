@@ -9,6 +9,7 @@ from mpsae.activations.model import (
     record,
     replace,
     resolve_hookpoint,
+    run,
     widths,
 )
 from mpsae.activations.stdlib_text import stdlib_documents, stdlib_split
@@ -27,6 +28,7 @@ __all__ = [
     "record",
     "replace",
     "resolve_hookpoint",
+    "run",
     "sequences",
     "stdlib_documents",
     "stdlib_split",

@@ -175,6 +175,20 @@ def record(
     Raises:
         ValueError: a hookpoint's activations are not of that shape, or it was never reached.
     """
+    return _run(model, hookpoints, ids, attention, to_the_end=False)[0]
+
+
+@torch.no_grad()
+def run(
+    model: Any, hookpoints: Sequence[str], ids: Tensor, attention: Tensor
+) -> tuple[dict[str, Tensor], Any]:
+    """Run the model to its end: what :func:`record` gives, and what the model returns."""
+    return _run(model, hookpoints, ids, attention, to_the_end=True)
+
+
+def _run(
+    model: Any, hookpoints: Sequence[str], ids: Tensor, attention: Tensor, *, to_the_end: bool
+) -> tuple[dict[str, Tensor], Any]:
     found: dict[str, Tensor] = {}
 
     def keep(name: str, hidden: Tensor) -> None:
@@ -185,20 +199,24 @@ def record(
                 f"not [{ids.shape[0]}, {ids.shape[1]}, features]"
             )
         found[name] = hidden
-        if len(found) == len(set(hookpoints)):
+        if len(found) == len(set(hookpoints)) and not to_the_end:
             raise _AllRecorded
 
     handles = [_hook(model, name, partial(keep, name)) for name in dict.fromkeys(hookpoints)]
+    output, device = None, model.device
     try:
-        device = model.device
-        model(input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False)
+        output = model(
+            input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False
+        )
     except _AllRecorded:
-        return {name: found[name] for name in hookpoints}
+        pass
     finally:
         for handle in handles:
             handle.remove()
     missing = [name for name in hookpoints if name not in found]
-    raise ValueError(f"the model never runs {', '.join(missing)}")
+    if missing:
+        raise ValueError(f"the model never runs {', '.join(missing)}")
+    return {name: found[name] for name in hookpoints}, output
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpsae.metrics import residual_fvu
 from mpsae.sae import SparseAutoencoder, Transcoder
-from mpsae.sparse import Pursuit, l0
+from mpsae.sparse import Pursuit
 
 
 class StepCurve(NamedTuple):
@@ -53,11 +53,8 @@ def fvu_per_step(sae: SparseAutoencoder, x: Tensor) -> StepCurve:
         raise ValueError(f"a {sae.architecture} SAE of these settings has no steps to stop after")
     walk = errors_of_steps(sae, code, x - output.reconstruction)
     errors = [residual_fvu(x, error).item() for error in walk]
-    counts = [
-        l0(code.indices[..., :t], code.values[..., :t]).double().mean().item()
-        for t in range(1, len(errors) + 1)
-    ]
-    return StepCurve(errors[::-1], counts)
+    new = first_uses(code.indices, code.values != 0).reshape(-1, len(errors))
+    return StepCurve(errors[::-1], new.double().mean(0).cumsum(0).tolist())
 
 
 def is_stepwise(code: object, sae: SparseAutoencoder) -> TypeGuard[Pursuit]:
@@ -71,3 +68,23 @@ def errors_of_steps(sae: SparseAutoencoder, code: Pursuit, error: Tensor) -> Ite
     for t in reversed(range(rows.shape[-1])):
         yield error
         error = error + code.values[..., t, None] * sae.dictionary[rows[..., t]]
+
+
+def first_uses(indices: Tensor, used: Tensor) -> Tensor:
+    """Say which places of a code are the first of their row, among those used, with their index.
+
+    Args:
+        indices: ``[..., k]`` int64, not negative.
+        used: ``[..., k]`` bool; other places are never the first.
+
+    Returns:
+        ``[..., k]`` bool.
+
+    Example:
+        >>> first_uses(torch.tensor([[3, 3, 1, 3]]), torch.tensor([[False, True, True, True]]))
+        tensor([[False,  True,  True, False]])
+    """
+    order = torch.where(used, indices, -1).sort(dim=-1, stable=True)
+    new = order.values >= 0
+    new[..., 1:] &= order.values[..., 1:] != order.values[..., :-1]
+    return torch.zeros_like(used).scatter(-1, order.indices, new)
