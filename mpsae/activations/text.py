@@ -189,10 +189,15 @@ def _stack(rows: list[tuple[Tensor, int]], special: Tensor) -> Sequences:
     return Sequences(ids, attention & ~torch.isin(ids, special), attention)
 
 
+def first_token(tokenizer: Any) -> int | None:
+    """Id of the special token that a sequence starts with, None where there is none."""
+    start = tokenizer.bos_token_id
+    return tokenizer.cls_token_id if start is None else start
+
+
 def _pack(tokenizer: Any, config: TextConfig, side: Split) -> Iterator[tuple[Tensor, int]]:
     """Sequences of ``context`` tokens with the number of tokens that are not padding."""
-    start = tokenizer.bos_token_id
-    start = tokenizer.cls_token_id if start is None else start
+    start = first_token(tokenizer)
     head = [start] if config.prepend_bos and start is not None else []
     end = tokenizer.eos_token_id
     end = tokenizer.sep_token_id if end is None else end

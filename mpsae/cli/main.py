@@ -16,6 +16,8 @@ from mpsae import __version__
 _USAGE = {
     "train": "mpsae train [MODEL [DATASET]] [options]",
     "eval": "mpsae eval RUN... [options]",
+    "latents": "mpsae latents RUN... [options]",
+    "autointerp": "mpsae autointerp RUN... [--endpoint URL --explainer MODEL] [options]",
     "bench": "mpsae bench [--d D --n N --k K --batch B] [options]",
     "convert": "mpsae convert SRC DST --to FORMAT",
     "demo": "mpsae demo [options]",
@@ -23,11 +25,13 @@ _USAGE = {
 
 
 def _commands() -> dict[str, tuple[type, Callable[[Any], object]]]:
-    from mpsae.cli import bench, convert, demo, eval, train
+    from mpsae.cli import autointerp, bench, convert, demo, eval, latents, train
 
     return {
         "train": (train.TrainConfig, train.run),
         "eval": (eval.EvalConfig, eval.run),
+        "latents": (latents.LatentsConfig, latents.run),
+        "autointerp": (autointerp.AutointerpConfig, autointerp.run),
         "bench": (bench.BenchConfig, bench.run),
         "convert": (convert.ConvertConfig, convert.run),
         "demo": (demo.DemoConfig, demo.run),
