@@ -16,6 +16,7 @@ from mpsae import __version__
 _USAGE = {
     "train": "mpsae train [MODEL [DATASET]] [options]",
     "eval": "mpsae eval RUN... [options]",
+    "probe": "mpsae probe RUN... [options]",
     "latents": "mpsae latents RUN... [options]",
     "autointerp": "mpsae autointerp RUN... [--endpoint URL --explainer MODEL] [options]",
     "bench": "mpsae bench [--d D --n N --k K --batch B] [options]",
@@ -25,11 +26,12 @@ _USAGE = {
 
 
 def _commands() -> dict[str, tuple[type, Callable[[Any], object]]]:
-    from mpsae.cli import autointerp, bench, convert, demo, eval, latents, train
+    from mpsae.cli import autointerp, bench, convert, demo, eval, latents, probe, train
 
     return {
         "train": (train.TrainConfig, train.run),
         "eval": (eval.EvalConfig, eval.run),
+        "probe": (probe.ProbeConfig, probe.run),
         "latents": (latents.LatentsConfig, latents.run),
         "autointerp": (autointerp.AutointerpConfig, autointerp.run),
         "bench": (bench.BenchConfig, bench.run),

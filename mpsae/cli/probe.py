@@ -1,0 +1,174 @@
+"""`mpsae probe`: find labelled features of held-out text in the latents of SAEs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from simple_parsing import field as option
+
+from mpsae.activations import TextConfig, load_language_model
+from mpsae.cli.eval import find_saes
+from mpsae.cli.table import number, table
+from mpsae.evaluation import files
+from mpsae.evaluation.probing import (
+    TASKS,
+    AlignedText,
+    Labels,
+    Probed,
+    activations,
+    label_rows,
+    probe_activations,
+    probe_sae,
+    read_aligned,
+)
+from mpsae.evaluation.reconstruction import source_of
+from mpsae.sae import SparseAutoencoder
+from mpsae.training import pick_device
+
+
+@dataclass(kw_only=True)
+class ProbeConfig:
+    """Find labelled features of held-out text in the latents of trained SAEs."""
+
+    runs: list[Path] = option(positional=True, nargs="+", metavar="RUN")
+    """Folders of runs, or of single SAEs."""
+    max_tokens: int = 40_000
+    """Held-out tokens to look at."""
+    tasks: list[str] = field(default_factory=lambda: list(TASKS))
+    """Features to look for."""
+    ks: list[int] = field(default_factory=lambda: [1, 2, 5, 10, 20])
+    """Latents of sparse probes."""
+    seed: int = 0
+    """Of the split of documents into those that train probes and those that test them."""
+    batch: int = 16
+    """Sequences at a time."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    model: str | None = None
+    """Model in place of the one that an SAE was trained on."""
+    dataset: str | None = None
+    """Dataset in place of the one that an SAE was trained on."""
+    hookpoint: str | None = None
+    """Hookpoint in place of the one that an SAE was trained on."""
+
+
+class Origin(NamedTuple):
+    """Whose activations an SAE encodes."""
+
+    model: str
+    hookpoint: str
+    text: str
+    """Fields of a TextConfig, as JSON."""
+
+
+def probe_folders(config: ProbeConfig) -> dict[str, dict[str, Any]]:
+    """Probe every SAE of the runs and write its `evaluation/probing.json`; the results by folder.
+
+    Model and text are read once, and the activations of a hookpoint are made once for all of its
+    SAEs.
+
+    Raises:
+        ValueError: an unknown task; an SAE that does not say what it was trained on.
+        OSError: there is no SAE; model or text cannot be read.
+    """
+    for name in config.tasks:
+        if name not in TASKS:
+            raise ValueError(f"no task {name!r}; there are {', '.join(TASKS)}")
+    device = pick_device(config.device)
+    saes: dict[Path, tuple[SparseAutoencoder, Origin]] = {}
+    for run in config.runs:
+        for folder in find_saes(run):
+            sae = SparseAutoencoder.from_pretrained(folder, device)
+            saes[folder] = sae, _origin(folder, sae, config)
+    sources = _Sources(config, device)
+    results: dict[Path, dict[str, Any]] = {}
+    # SAEs of one hookpoint in a row, so that only its activations are held
+    for folder, (sae, origin) in sorted(saes.items(), key=lambda item: item[1][1]):
+        result = probe_sae(sae, sources.probed(origin), ks=config.ks)
+        results[folder] = {
+            "model": origin.model, "hookpoint": origin.hookpoint,
+            "dataset": json.loads(origin.text)["dataset"], "seed": config.seed, **result,
+        }  # fmt: skip
+        files.write(folder, "probing", results[folder])
+    return {str(folder): results[folder] for folder in saes}
+
+
+def _origin(folder: Path, sae: SparseAutoencoder, config: ProbeConfig) -> Origin:
+    known = sae.metadata
+    name = config.model or known.get("model_name")
+    hookpoint = config.hookpoint or known.get("hook_name")
+    if name is None or hookpoint is None:
+        raise ValueError(
+            f"{folder} does not say on which model and hookpoint it was trained (metadata of "
+            "cfg.json)"
+        )
+    text = TextConfig(**known.get("text", {"context": known.get("context_size", 256)}))
+    text.dataset = config.dataset or text.dataset
+    return Origin(name, source_of(sae, hookpoint), json.dumps(asdict(text)))
+
+
+class _Sources:
+    """Models, labelled texts, and the probed activations of the last hookpoint."""
+
+    def __init__(self, config: ProbeConfig, device: Any):
+        self.config, self.device = config, device
+        self._models: dict[str, Any] = {}
+        self._texts: dict[tuple[str, str], tuple[AlignedText, Labels]] = {}
+        self._last: tuple[Origin, Probed] | None = None
+
+    def probed(self, origin: Origin) -> Probed:
+        if self._last is not None and self._last[0] == origin:
+            return self._last[1]
+        config = self.config
+        tasks = [TASKS[name] for name in config.tasks]
+        if origin.model not in self._models:
+            self._models[origin.model] = load_language_model(origin.model, device=self.device)
+        model, tokenizer = self._models[origin.model]
+        key = origin.model, origin.text
+        if key not in self._texts:
+            settings = TextConfig(**json.loads(origin.text))
+            text = read_aligned(tokenizer, settings, max_tokens=config.max_tokens)
+            self._texts[key] = text, label_rows(text, tasks, seed=config.seed)
+        text, labels = self._texts[key]
+        self._last = None  # the activations of two hookpoints are never held at once
+        x = activations(model, origin.hookpoint, text.sequences, batch=config.batch, progress=True)
+        self._last = origin, probe_activations(x, labels, tasks)
+        return self._last[1]
+
+
+def run(config: ProbeConfig) -> None:
+    """Print the tables."""
+    results = probe_folders(config)
+    probes = ["activations", *(f"k={k}" for k in config.ks)]
+    rows = []
+    for name, result in results.items():
+        split, absorbed = result["splitting"] or {}, result["absorption"] or {}
+        rows.append(
+            [
+                name,
+                *_accuracies(result),
+                number(split.get("latents"), ".2f"),
+                number(absorbed.get("fraction"), ".3f"),
+                number(absorbed.get("full"), ".3f"),
+            ]
+        )
+    print(table(["SAE", *probes, "split", "absorbed", "in full"], rows))
+    for name, result in results.items():
+        tasks = {task: r for task, r in result["tasks"].items() if "unavailable" not in r}
+        print(f"\n{name}: accuracy by task")
+        print(table(["task", *probes], [[task, *_accuracies(r)] for task, r in tasks.items()]))
+        for task, r in result["tasks"].items():
+            if "unavailable" in r:
+                print(f"no {task}: {r['unavailable']}")
+    tokens = next(iter(results.values()))["tokens"]
+    print(f"\n{tokens:,} held-out tokens; accuracy is the mean of both classes', 0.5 by chance")
+
+
+def _accuracies(result: Mapping[str, Any]) -> list[str]:
+    """Accuracy of the probe of activations and of those of latents."""
+    scores = [result["activations"], *result["sparse_probing"].values()]
+    return [number(score.get("accuracy"), ".3f") for score in scores]
