@@ -26,11 +26,11 @@ def run(config: ReportConfig) -> None:
     """Write the page and print where it is, and where its pictures are."""
     from mpsae.report import read_record, write_report  # matplotlib takes a while
 
-    folders: dict[Path, Path] = {}
+    found: dict[Path, tuple[Path, Path]] = {}
     for given in config.runs:
         for folder in find_saes(given):
-            folders.setdefault(folder, given)
-    records = [read_record(folder, given) for folder, given in folders.items()]
+            found.setdefault(folder.resolve(), (folder, given))
+    records = [read_record(folder, given) for folder, given in found.values()]
     page, *pictures = write_report(records, config.out, limit=config.latents)
     print(page)
     if pictures:

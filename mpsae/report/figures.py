@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from mpsae.report.groups import Comparison, Entry
 from mpsae.report.measures import MEASURE, written
-from mpsae.report.style import GREY, PAPER
+from mpsae.report.style import PAPER
 from mpsae.report.svg import RC
 
 SCORES = ("absorption", "probe_f1", "detection", "fuzzing", "embedding")
@@ -92,15 +92,14 @@ def against(of: Comparison, x: str, y: str) -> Picture | None:
                 _decimals(getattr(axes, f"{which}axis"))
             else:
                 getattr(axes, f"{which}axis").set_major_locator(MaxNLocator(5))
-        if y == "probe_f1":
-            whole = next((e.record.probe_f1 for e in of.entries if e.record.probe_f1), None)
-            if whole is not None:
-                axes.axhline(whole, color=GREY, ls=":", lw=1.2, label="probe of all activations")
         axes.margins(0.15)
         _legend(figure, axes)
     first, second = MEASURE[x], MEASURE[y]
     corner = ("top" if second.better == "higher" else "bottom") + " left"
-    caption = f"{_capital(second.label)} against {first.label}; best is the {corner} corner."
+    caption = f"{_capital(second.spoken)} against {first.spoken}; best is the {corner} corner."
+    whole = next((e.record.probe_f1 for e in shown if e.record.probe_f1 is not None), None)
+    if y == "probe_f1" and whole is not None:
+        caption += f" A probe of the whole activation has {whole:.3f}."
     name = f"{y}-{x}".replace("_", "-")
     alt = f"{second.label} against {first.label}. {_said(shown, x, y)}"
     return Picture(name, caption, alt, figure)
@@ -126,11 +125,11 @@ def firing(of: Comparison, number: int) -> Picture | None:
                 middles, share, color=colour, drawstyle="steps-mid", label=entry.label,
                 marker=marker, markersize=3.5, lw=1.3,
             )  # fmt: skip
-            dead_at = least - 0.55 + 0.12 * (place - (len(entries) - 1) / 2)
+            dead_at = least - 0.9 + 0.12 * (place - (len(entries) - 1) / 2)
             axes.plot([dead_at], [100 * record.dead / total], color=colour, marker=marker, ls="")
         ticks = [-power for power in range(int(-least) + 1)]
-        axes.set_xticks([least - 0.55, *ticks], ["dead", *(f"{10.0**t * 100:g} %" for t in ticks)])
-        axes.set(xlabel="tokens on which a latent fires (log10 scale)")
+        axes.set_xticks([least - 0.9, *ticks], ["dead", *(f"{10.0**t * 100:g} %" for t in ticks)])
+        axes.set(xlabel="share of tokens on which a latent fires, log scale")
         axes.set_ylabel("share of the latents, %")
         axes.set_ylim(bottom=0)
         _legend(figure, axes)
@@ -150,9 +149,9 @@ def downstream(of: Comparison, number: int) -> Picture | None:
     """Draw the FVU of later hookpoints for SAEs of about equal L0."""
     l0, group = of.by_l0()[number]
     entries = [entry for entry in group if entry.record.downstream]
-    if not entries:
-        return None
     names = list(dict.fromkeys(name for e in entries for name in e.record.downstream))
+    if len(names) < 2:  # the table has it
+        return None
     looks = of.series()
     with matplotlib.rc_context(RC):
         figure, axes = _axes()

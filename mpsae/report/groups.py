@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mpsae.report.records import Record
 from mpsae.report.style import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SKY
@@ -96,8 +97,15 @@ def _entries(records: Sequence[Record]) -> list[Entry]:
     for number, record in enumerate(records):
         series = NAMES.get(record.architecture, record.architecture)
         if (record.model, record.hookpoint, record.architecture) in several:
-            folder = os.path.relpath(record.folder.absolute(), common)
-            series += f" ({folder})"
+            series += f" ({_where(record, common)})"
         label = series if record.k is None else f"{series}, k={record.k}"
         entries.append(Entry(record, label, series, f"sae-{number + 1}"))
     return entries
+
+
+def _where(record: Record, common: str) -> str:
+    """Name the run that an SAE is of, or its folder where that is laid out in another way."""
+    parts = Path(os.path.relpath(record.folder.absolute(), common)).parts
+    if parts[-2:] == (record.architecture, record.hookpoint.replace(":", "_")):
+        parts = parts[:-2]
+    return "/".join(parts) or record.run.absolute().name

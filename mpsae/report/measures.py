@@ -16,11 +16,18 @@ class Measure:
     group: str
     better: Literal["lower", "higher"] | None
     file: str
-    """Of the folder `evaluation`, or "training"."""
+    """Of the folder `evaluation`; none where it takes more than a look."""
     keys: tuple[str, ...]
     """Where in the file."""
     form: str
     meaning: str
+    words: str = ""
+    """What it is called in a sentence, if other than its label."""
+
+    @property
+    def spoken(self) -> str:
+        """What it is called in a sentence."""
+        return self.words or self.label
 
 
 MEASURES = (
@@ -34,6 +41,9 @@ MEASURES = (
             ("ce_recovered",), ".4f",
             "Share of the model's cross-entropy that is kept with the reconstruction in place of "
             "the activations: 1 as with the activations, 0 as with their mean."),
+    Measure("later_fvu", "later FVU", "Reconstruction", "lower", "", (), ".4f",
+            "FVU of the model's last layer with the reconstruction in place, against the clean "
+            "one."),
     Measure("dead", "dead", "Latents", "lower", "reconstruction", ("dead_fraction",), ".3f",
             "Share of the latents that fired on no held-out token."),
     Measure("dense", "dense", "Latents", "lower", "reconstruction", ("dense_fraction",), ".3f",
@@ -61,11 +71,11 @@ MEASURES = (
             ("means", "embedding"), ".3f",
             "How well embeddings of contexts tell those in which a latent fires, with no language "
             "model asked; mean over latents."),
-    Measure("encode_us", "encode, µs/token", "Runtime", "lower", "reconstruction",
-            ("encode_us",), ".3g", "Median time to encode a token."),
-    Measure("train_us", "train, µs/token", "Runtime", "lower", "training", ("train_us",), ".3g",
+    Measure("encode_us", "encode µs/token", "Runtime", "lower", "reconstruction",
+            ("encode_us",), ".3g", "Median time to encode a token.", "time to encode a token"),
+    Measure("train_us", "train µs/token", "Runtime", "lower", "", (), ".3g",
             "Time of a training step over its tokens, mean over the run; that of the language "
-            "model is not in it."),
+            "model is not in it.", "time to train on a token"),
 )  # fmt: skip
 MEASURE = {measure.name: measure for measure in MEASURES}
 ARROWS = {"lower": "↓", "higher": "↑", None: ""}

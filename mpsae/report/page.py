@@ -74,7 +74,7 @@ def page(
     compared = comparisons(records)
     models = list(dict.fromkeys(of.model for of in compared))
     title = f"Sparse autoencoders on {', '.join(models)}"
-    parts = [_header(title, records, compared), tables.missing(records)]
+    parts = [_header(title, records, compared)]
     for number, of in enumerate(compared):
         prefix = f"{number + 1}-" if len(compared) > 1 else ""
         parts += _comparison(of, shown, prefix, len(compared) > 1)
@@ -132,14 +132,16 @@ def _comparison(
             "↑ higher is better.", class_="note",
         ),
         tables.meanings(),
+        tables.missing([entry.record for entry in of.entries]),
     ]  # fmt: skip
     level = "h3" if several else "h2"
     for heading, note, pictures in (
         ("Reconstruction", None, figures.reconstruction(of)),
         (
             "Interpretability beside reconstruction",
-            "Were better reconstruction less interpretable at equal L0, points further to the left "
-            "would be worse in these pictures.",
+            "FVU falls to the left. If SAEs that reconstruct better were less interpretable, the "
+            "points on the left would have more absorption and lower scores than others of equal "
+            "L0.",
             figures.interpretability(of),
         ),
         ("Firing frequencies", None, figures.latents(of)),

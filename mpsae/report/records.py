@@ -108,13 +108,12 @@ def read_record(folder: Path, run: Path) -> Record:
     missing = [name for name, result in found.items() if result is None]
     results = {name: result for name, result in found.items() if result is not None}
     paths = {name: folder / files.FOLDER / f"{name}.json" for name in results}
-    values: dict[str, float | None] = {"train_us": _training(folder)}
+    values: dict[str, float | None] = dict.fromkeys(measure.name for measure in MEASURES)
+    values["train_us"] = _training(folder)
     for measure in MEASURES:
-        if measure.file != "training":
-            values[measure.name] = None
-            if measure.file in results:
-                with _reading(paths[measure.file]):
-                    values[measure.name] = _at(results[measure.file], measure.keys)
+        if measure.file in results:
+            with _reading(paths[measure.file]):
+                values[measure.name] = _at(results[measure.file], measure.keys)
     tokens = {}
     for name, result in results.items():
         with _reading(paths[name]):
@@ -122,6 +121,7 @@ def read_record(folder: Path, run: Path) -> Record:
     if "reconstruction" in results:
         with _reading(paths["reconstruction"]):
             described |= _reconstruction(results["reconstruction"])
+            values["later_fvu"] = next(reversed(described["downstream"].values()), None)
     if "probing" in results:
         with _reading(paths["probing"]):
             described["probe_f1"] = _at(results["probing"], ("activations", "f1"))

@@ -6,6 +6,7 @@ import io
 import re
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ _NAMES = (
 VARIABLES = {getattr(style, name).lower(): f"--{name.lower()}" for name in _NAMES}
 """Colours of figures and the CSS variables that stand for them in a page."""
 
-RC = style.STYLE | {
+RC: dict[Any, Any] = style.STYLE | {
     "svg.fonttype": "none", "svg.hashsalt": "mpsae",  # text stays text; ids are always the same
     "text.color": style.INK, "axes.labelcolor": style.INK, "axes.edgecolor": style.INK,
     "xtick.color": style.INK, "ytick.color": style.INK, "grid.color": style.RULE,
@@ -51,9 +52,9 @@ def inline(figure: Figure, name: str, alt: str) -> Html:
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(href="#|url\(#)', rf"\1{name}-", text)
     text = re.sub("#[0-9a-fA-F]{6}\\b", _variable, text)
-    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()  # type: ignore[union-attr]
+    size = re.findall(r'viewBox="[^"]*"', text)[0]
     head = (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(visible(alt))}" '
+        f'<svg {size} role="img" aria-label="{escape(visible(alt))}" '
         'xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
     return Html(re.sub(r"^<svg[^>]*>", lambda _: head, text).strip())

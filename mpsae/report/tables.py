@@ -101,14 +101,20 @@ def _found(l0: float, entries: Sequence[Entry]) -> Iterator[Html]:
         if own is None or len(known) < 2:
             continue
         place = 1 + sum(_before(measure, value, own) for value, _ in known)
-        words = f"{measure.label} {written(measure, own)}, {_ordinal(place)} of {len(known)}"
-        if place > 1:
-            words += f" (best: {known[0][1].label}, {written(measure, known[0][0])})"
+        words = f"{measure.label} {written(measure, own)}"
+        if written(measure, known[0][0]) == written(measure, known[-1][0]):
+            words += " (all alike)"
+        elif place == 1:
+            words += f" (best of {len(known)})"
+        else:
+            top = f"{known[0][1].label} {written(measure, known[0][0])}"
+            words += f" ({_ordinal(place)} of {len(known)}; best: {top})"
         others.append(words)
     fvu = f"{first.record.values['fvu']:.4f}"
     yield element(
         "li", f"At L0 about {l0:.3g}, ", element("strong", first.label),
-        f" reconstructs best (FVU {fvu}).", f" It has {'; '.join(others)}." if others else None,
+        f" reconstructs best (FVU {fvu}).",
+        f" Its interpretability: {', '.join(others)}." if others else None,
     )  # fmt: skip
 
 
