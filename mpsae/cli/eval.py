@@ -189,9 +189,9 @@ def report(results: Mapping[str, Evaluation]) -> str:
             parts.append(f"{name}: when the pursuit is stopped after k steps\n{_steps(e)}")
     tokens = next(iter(results.values())).tokens
     parts.append(
-        f"{tokens:,} held-out tokens; cross-entropy in nats a token; later FVU: of the model's "
-        "last layer;\nagain: steps that take a latent the token has; of codes: Babel function of "
-        "the atoms of a token"
+        f"{tokens:,} held-out tokens; cross-entropy in nats a token\n"
+        "later FVU: of the model's last layer, or the last hookpoint of --downstream\n"
+        "again: steps that take a latent the token has; of codes: Babel of the atoms of a token"
     )
     return "\n\n".join(parts)
 
