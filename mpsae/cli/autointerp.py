@@ -83,7 +83,6 @@ class _Job:
     source: Source
     collected: Collected
     asked: list[Questions]
-    embedding: dict[int, float | None]
     journal: Journal
 
 
@@ -91,6 +90,8 @@ def run(config: AutointerpConfig) -> None:
     """Print the estimate, ask, write `evaluation/autointerp.json` of each SAE, print the means."""
     requests = Requests(config.max_requests)
     names = _names(config)
+    # comes first: a wrong URL or name should not be found after a pass over the text
+    chats = None if names is None or config.dry_run else _chats(config, requests)
     jobs = [_job(config, *found) for found in sources(config)]
     if names is not None:
         _print_estimate(config, [latent for job in jobs for latent in _open(job, names)])
@@ -98,13 +99,13 @@ def run(config: AutointerpConfig) -> None:
         return
     results: dict[Path, dict[str, Any]] = {}
     complete = True
-    chats = None if names is None else _chats(config, requests)
     for job in jobs:
+        embedding = embedding_scores(job.source, job.collected, config, config.embedding_hookpoint)
         try:
             if chats is not None:
                 complete &= _ask(config, job, chats, requests)
         finally:  # what is finished is worth keeping
-            results[job.folder] = _write(job, names)
+            results[job.folder] = _write(job, names, embedding)
     rows = [
         [str(folder), *(number(result["means"][name]) for name in _MEASURES),
          str(max(result["scored"].values()))]
@@ -164,7 +165,6 @@ def _job(config: AutointerpConfig, folder: Path, source: Source, ids: list[int])
         collected,
         # nothing to test an explanation on, so none is asked for
         [latent for latent in asked if latent.detection],
-        embedding_scores(source, collected, config, config.embedding_hookpoint),
         Journal(folder / files.FOLDER / "autointerp.jsonl"),
     )
 
@@ -204,11 +204,14 @@ def _ask(config: AutointerpConfig, job: _Job, chats: tuple[Chat, Chat], requests
     return done and len(now) == len(wanted)
 
 
-def _write(job: _Job, names: tuple[str, str] | None) -> dict[str, Any]:
+def _write(
+    job: _Job, names: tuple[str, str] | None, embedding: dict[int, float | None]
+) -> dict[str, Any]:
+    explainer, scorer = names or (None, None)
     records = {}
     if names is not None:
         keys = {latent.id: latent.key(*names) for latent in job.asked}
         records = {number: job.journal[key] for number, key in keys.items() if key in job.journal}
-    result = scored(job.source, job.collected, job.embedding, records, *(names or (None, None)))
+    result = scored(job.source, job.collected, embedding, records, explainer, scorer)
     files.write(job.folder, "autointerp", result)
     return result

@@ -99,8 +99,8 @@ def collect(
         ValueError: an id that the SAE has not, or one named twice; no ids; no whole context.
 
     Notes:
-        Held are C (4 top + sample) rows of W activations for C latents, ``pool * C`` bytes and the
-        token ids of the text, whatever its length.
+        Held are at most 2 C (4 top + sample) rows of W activations for C latents, ``pool * C``
+        bytes, and of the text 4 bytes a token.
     """
     n, width = source.sae.config.d_sae, source.window
     wanted = sorted(ids)

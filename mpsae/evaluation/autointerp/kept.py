@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_WAITING = 2**16  # rows taken in before the table is sorted again
+_WAITING = 2**16  # rows taken in, at least, before the table is sorted again
 # SplitMix64's constants, as signed numbers
 _STEP, _MULTIPLIERS = -0x61C8864680B583EB, (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 
@@ -21,7 +21,7 @@ class Kept:
         capacity: rows a group, at least 1.
 
     Notes:
-        At most ``groups * capacity + 65536`` rows are held, and those of the last :meth:`add`.
+        At most ``2 * groups * capacity + 65536`` rows are held, and those of the last :meth:`add`.
 
     Example:
         >>> kept = Kept(2, 2)
@@ -38,7 +38,7 @@ class Kept:
         # the smallest key of a full group: what is not above it need not be taken in
         self._floor = torch.full((groups,), -torch.inf, dtype=torch.float64)
         self._parts: list[tuple[Tensor, ...]] = []
-        self._waiting = 0
+        self._held = self._waiting = 0
 
     def add(self, group: Tensor, key: Tensor, item: Tensor, rows: Tensor) -> None:
         """Offer rows.
@@ -53,7 +53,7 @@ class Kept:
         taken = key > self._floor[group]
         self._parts.append(tuple(part[taken] for part in (group, key, item, rows)))
         self._waiting += int(taken.sum())
-        if self._waiting > _WAITING:
+        if self._waiting > max(_WAITING, self._held):
             self._sort()
 
     def of(self, group: int) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ class Kept:
         full = (count >= self.capacity).nonzero()[:, 0]
         held = count.clamp_max(self.capacity)
         self._floor[full] = self._parts[0][1][(held.cumsum(0) - 1)[full]]
-        self._waiting = 0
+        self._held, self._waiting = len(order), 0
 
 
 def priority(first: Tensor, second: Tensor | int, seed: int) -> Tensor:

@@ -83,6 +83,10 @@ def embedding_scores(
         source, collected: the SAE and its contexts.
         config: how many contexts.
         hookpoint: whose hidden states embed; those that the SAE reads by default.
+
+    Notes:
+        Hidden states behind the place where a latent is read hold what it fires on, so contexts of
+        any direction are somewhat alike there: compare SAEs of one hookpoint with each other.
     """
     hookpoint = hookpoint or source.reads
     trials = {latent.id: split(latent, config) for latent in collected.latents}
