@@ -340,3 +340,20 @@ def test_results_are_the_same_again_and_name_what_is_missing():
     assert encode(sae, x, batch=7).values.tolist() == encode(sae, x).values.tolist()
     with pytest.raises(ValueError, match=r"ks=\[0\]"):
         probe_sae(sae, probe_activations(x, labels, tasks), ks=[0])
+
+
+def test_both_classes_weigh_half():
+    positive = torch.tensor([1.0, 0, 0, 0])
+    assert balanced(positive).tolist() == pytest.approx([2, 2 / 3, 2 / 3, 2 / 3])
+    weights = balanced(positive, torch.tensor([2.0, 1, 1, 4]))
+    assert weights.tolist() == pytest.approx([4, 2 / 3, 2 / 3, 8 / 3])
+
+
+def test_splitting_stops_where_f1_rises_too_little():
+    of = torch.arange(400) % 4  # 0 and 1 are the class, one latent for each; latent 2 is idle
+    code = SparseCode(of[:, None], (of < 2).float()[:, None])
+    codes, target = collect([code], 4), (of < 2).long()
+    found = splitting(codes, torch.tensor([0, 1, 2]), target, target)
+    assert found.latents == [0, 1]
+    assert found.f1 == pytest.approx([2 / 3, 1, 1])
+    assert splitting(codes, torch.tensor([0, 1]), target, target, jump=0.4).latents == [0]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mpsae.activations import Sequences, TextConfig, load_documents
 
-_READ_AHEAD = 8  # times max_tokens, out of which evenly spaced sequences are taken
+_READ_AHEAD = 8
+_READ_LEAST = 2**18
 
 
 @dataclass
@@ -31,18 +32,18 @@ class AlignedText:
 
 
 def read_aligned(
-    tokenizer: Any, config: TextConfig, *, max_tokens: int, read_ahead: int = _READ_AHEAD
+    tokenizer: Any, config: TextConfig, *, max_tokens: int, max_read: int | None = None
 ) -> AlignedText:
     """Take evenly spaced sequences from the held-out side of a text.
 
-    The sequences are those of :func:`mpsae.activations.sequences`. At most ``read_ahead`` times
-    ``max_tokens`` tokens are read, so that a few long documents do not make up the whole sample.
+    The sequences are those of :func:`mpsae.activations.sequences`. More is read than taken, so
+    that a few long documents do not make up the whole sample.
 
     Args:
         tokenizer: of transformers, a fast one, which knows the characters of its tokens.
         config: which text.
         max_tokens: where to stop, to the next whole sequence.
-        read_ahead: as above.
+        max_read: tokens to read, by default 8 times as many as are taken and at least 2^18.
 
     Raises:
         ValueError: a tokenizer that does not know characters; no text on the held-out side.
@@ -56,12 +57,15 @@ def read_aligned(
         )
     documents: list[str] = []
     rows: list[Tensor] = []
-    limit = -(-max_tokens // config.context) * read_ahead
+    if max_read is None:
+        max_read = max(_READ_AHEAD * max_tokens, _READ_LEAST)
+    most = -(-max_tokens // config.context)
+    limit = max(most, max_read // config.context)
     for row in _held_out(tokenizer, config, documents):
         rows.append(row)
         if len(rows) == limit:
             break
-    wanted = min(len(rows), -(-max_tokens // config.context))
+    wanted = min(len(rows), most)
     if not wanted:
         raise ValueError(f"no token of text on the held-out side of {config.dataset}")
     chosen = torch.arange(wanted) * len(rows) // wanted
