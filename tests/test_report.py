@@ -274,12 +274,12 @@ def test_a_folder_without_saes_and_wrong_settings_are_errors(run, tmp_path, caps
         write_report([], tmp_path / "page.html")
 
 
-def test_an_sae_is_shown_once_however_it_is_named(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(run)
-    out = tmp_path / "page.html"
-    argv = ["report", str(run / "topk"), "topk/layers.2", "--latents", "0", "--out", str(out)]
-    assert main(argv) == 0
-    shown, _ = cells(read_page(out.read_text(encoding="utf-8")))
+def test_an_sae_is_shown_once_however_it_is_named(tmp_path, capsys, monkeypatch):
+    make_sae(tmp_path, "topk", 16, without=["reconstruction"])
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(tmp_path / "topk"), "topk/layers.2", "--latents", "0"]) == 0
+    assert capsys.readouterr().out == "report.html\n"  # and no pictures
+    shown, _ = cells(read_page((tmp_path / "report.html").read_text(encoding="utf-8")))
     assert {sae for sae, _ in shown} == {TOPK}
 
 

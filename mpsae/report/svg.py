@@ -31,6 +31,7 @@ RC: dict[Any, Any] = style.STYLE | {
 def save_png(figure: Figure, path: Path) -> Path:
     """Write a picture with a white ground."""
     figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
+    figure.set_layout_engine("none")  # what it laid out stays, for the next file
     return path
 
 
