@@ -1,5 +1,6 @@
 import json
 import re
+from urllib.parse import unquote
 
 import pytest
 from report_problem import NASTY, cells, make_sae, read_page
@@ -40,7 +41,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def written(run):
     """The page of the run and its text, written by the command."""
-    out = run.parent / "pages" / "page.html"
+    out = run.parent / "pages" / "page #1.html"
     assert main(["report", str(run), "--out", str(out)]) == 0
     return out, out.read_text(encoding="utf-8")
 
@@ -84,16 +85,16 @@ def test_pictures_are_inline_with_words_and_the_colours_of_the_page(written):
     pictures = {}
     for figure in root.all("figure"):
         link = figure.one("a").attributes["href"]
-        assert (out.parent / link).read_bytes().startswith(b"\x89PNG")
+        assert (out.parent / unquote(link)).read_bytes().startswith(b"\x89PNG")
         pictures[link] = figure.one("svg")
     names = ("fvu-l0", "fvu-encode-us", "fvu-train-us", "absorption-fvu", "probe-f1-fvu",
              "detection-fvu", "embedding-fvu", "firing-1", "firing-2", "downstream-1",
              "downstream-2")  # fmt: skip
-    assert set(pictures) == {f"page-figures/{name}.png" for name in names}
-    assert {path.stem for path in (out.parent / "page-figures").iterdir()} == set(names)
+    assert set(pictures) == {f"page%20%231-figures/{name}.png" for name in names}
+    assert {path.stem for path in (out.parent / "page #1-figures").iterdir()} == set(names)
 
     def words(name):
-        return pictures[f"page-figures/{name}.png"].attributes["aria-label"]
+        return pictures[f"page%20%231-figures/{name}.png"].attributes["aria-label"]
 
     assert "MP, k=16: FVU 0.1000 at L0 16.0" in words("fvu-l0")
     assert "BatchTopK, k=30: absorption 0.280 at FVU 0.1500" in words("absorption-fvu")
@@ -119,7 +120,7 @@ def test_the_page_asks_for_nothing_and_its_links_lead_somewhere(written):
         for key in ("href", "xlink:href"):
             link = node.attributes.get(key, "")
             assert not link.startswith("#") or link[1:] in ids, link
-            assert not link or link.startswith("#") or (out.parent / link).is_file()
+            assert not link or link.startswith("#") or (out.parent / unquote(link)).is_file()
     assert set(re.findall(r"url\((.)", text)) <= {"#"}
     assert not any(key.startswith("on") for node in root.walk() for key in node.attributes)
     assert "@import" not in text
@@ -223,11 +224,11 @@ def test_saes_of_one_name_are_told_apart_by_their_runs(tmp_path):
 def test_equal_files_give_equal_pages(written, run, tmp_path):
     out, text = written
     folders = [run / name / "layers.2" for name in ("batch_topk", "matching_pursuit", "topk")]
-    again = tmp_path / "page.html"
+    again = tmp_path / out.name
     paths = write_report([read_record(folder, run) for folder in folders], again)
     assert again.read_text(encoding="utf-8") == text
     for path in paths[1:4]:
-        assert path.read_bytes() == (out.parent / "page-figures" / path.name).read_bytes()
+        assert path.read_bytes() == (out.parent / "page #1-figures" / path.name).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
+from urllib.parse import quote
 
 from mpsae.report import figures, latents, tables
 from mpsae.report.figures import Picture
@@ -44,7 +45,7 @@ def write_report(records: Sequence[Record], out: Path, *, limit: int = 50) -> li
             name = f"{prefix}{picture.name}"
             folder.mkdir(parents=True, exist_ok=True)
             written.append(save_png(picture.figure, folder / f"{name}.png"))
-            link = element("a", "PNG", href=f"{folder.name}/{name}.png")
+            link = element("a", "PNG", href=quote(f"{folder.name}/{name}.png"))
             made.append(
                 element(
                     "figure",
