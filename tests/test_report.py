@@ -213,6 +213,21 @@ def test_hookpoints_are_kept_apart(tmp_path):
     assert "0.7000" in second.text()
 
 
+def test_pictures_of_hookpoints_have_names_and_ids_of_their_own(tmp_path):
+    few = {"encode_us": None, "downstream_fvu": {}, "without": ["probing", "latents"]}
+    folders = [make_sae(tmp_path, "topk", 4, hookpoint=f"layers.{i}", **few) for i in (1, 2)]
+    records = [read_record(folder, tmp_path) for folder in folders]
+    paths = write_report(records, tmp_path / "page.html")
+    names = ("fvu-l0", "detection-fvu", "embedding-fvu", "firing-1")
+    assert [p.stem for p in paths[1:]] == [f"part-{i}-{name}" for i in (1, 2) for name in names]
+    root = read_page(paths[0].read_text(encoding="utf-8"))
+    ids = [node.attributes["id"] for node in root.walk() if "id" in node.attributes]
+    assert len(ids) == len(set(ids))
+    used = [n.attributes["xlink:href"][1:] for n in root.all("use")]
+    assert used
+    assert set(used) <= set(ids)
+
+
 def test_saes_of_one_name_are_told_apart_by_their_runs(tmp_path):
     folders = [make_sae(tmp_path / run, "topk", 4) for run in ("one", "two")]
     (of,) = comparisons([read_record(folder, tmp_path) for folder in folders])

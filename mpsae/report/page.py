@@ -77,7 +77,7 @@ def page(
     title = f"Sparse autoencoders on {', '.join(models)}"
     parts = [_header(title, records, compared)]
     for number, of in enumerate(compared):
-        prefix = f"{number + 1}-" if len(compared) > 1 else ""
+        prefix = f"part-{number + 1}-" if len(compared) > 1 else ""
         parts += _comparison(of, shown, prefix, len(compared) > 1)
     parts += _browse(compared, limit)
     script, style = (_asset(name) for name in ("page.js", "page.css"))

@@ -51,7 +51,7 @@ def inline(figure: Figure, name: str, alt: str) -> Html:
     for part in ("metadata", "style"):  # its rules would be those of the whole page
         text = re.sub(rf"<{part}.*?</{part}>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(href="#|url\(#)', rf"\1{name}-", text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
     text = re.sub("#[0-9a-fA-F]{6}\\b", _variable, text)
     size = re.findall(r'viewBox="[^"]*"', text)[0]
     head = (
