@@ -33,7 +33,11 @@ setup(
     packages=[*find_packages(include=["mpsae", "mpsae.*"]), "mpsae.kernels"],
     package_dir={"mpsae": "mpsae", "mpsae.kernels": "kernels"},
     ext_modules=[cpu_kernel],
-    package_data={"mpsae.assets": ["stdlib_lm/*"], "mpsae": ["py.typed"]},
+    package_data={
+        "mpsae.assets": ["stdlib_lm/*"],
+        "mpsae": ["py.typed"],
+        "mpsae.report": ["page.*"],
+    },
     install_requires=[
         "torch>=2.6",
         "triton>=3.3; platform_system == 'Linux'",

@@ -33,18 +33,14 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from PIL import Image
 from save import RESULTS
 
-BLUE, SKY, RED, ORANGE, GREY = "#0072B2", "#56B4E9", "#CC3311", "#E69F00", "#555555"
+from mpsae.report.style import BLUE, GREY, ORANGE, RED, SKY, STYLE
+
 AXES = {"k": "k, steps per token", "n": "n, latents", "B": "B, tokens per batch"}
 KINDS = {
     "sweep": {"axis", "case", "provider", "seconds", "ratio", "peak_bytes"},
     "tradeoff": {"architecture", "provider", "fvu", "encode", "step"},
 }
 LOSING = "#E0E0E0"
-STYLE = {
-    "font.size": 10, "axes.titlesize": 9.5, "figure.titlesize": 11.5, "legend.fontsize": 9.5,
-    "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.8,
-    "lines.markersize": 5.5, "legend.frameon": False,
-}  # fmt: skip
 ENCODE = TOPK = {"color": BLUE, "marker": "o"}
 STEP = MP = {"color": RED, "marker": "s"}
 NAIVE = "the same MP SAEs, naive loop"

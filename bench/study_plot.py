@@ -18,8 +18,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-from plot import BLUE, GREY, ORANGE, RED, SKY, STYLE
 from save import RESULTS
+
+from mpsae.report.style import BLUE, GREY, ORANGE, RED, SKY, STYLE
 
 LINES = {
     "TopK": (BLUE, "o"), "BatchTopK": (SKY, "D"), "MP": (RED, "s"), "MP, sliced": (ORANGE, "^"),

@@ -19,6 +19,7 @@ from mpsae.cli.eval import EvalConfig
 from mpsae.cli.latents import LatentsConfig
 from mpsae.cli.main import main
 from mpsae.cli.probe import ProbeConfig
+from mpsae.cli.report import ReportConfig
 from mpsae.cli.saes import find_saes
 from mpsae.sae import TopKConfig, TopKSAE
 from mpsae.training import TrainConfig, loop
@@ -239,6 +240,7 @@ def test_sae_settings_reach_the_sae(arguments, tmp_path, read_json):
     ("command", "configs"),
     [("train", [TrainConfig, TextConfig, BufferConfig]), ("eval", [EvalConfig]),
      ("probe", [ProbeConfig]), ("latents", [LatentsConfig]), ("autointerp", [AutointerpConfig]),
+     ("report", [ReportConfig]),
      ("bench", [BenchConfig]), ("convert", [ConvertConfig]), ("demo", [DemoConfig])],
 )  # fmt: skip
 def test_help_lists_every_option_with_what_it_does(command, configs, capsys):

@@ -19,6 +19,7 @@ LAYERS = [
     {"mpsae.refit", "mpsae.orthogonal", "mpsae.decomposition"},
     {"mpsae.sae", "mpsae.activations"},
     {"mpsae.training", "mpsae.evaluation", "mpsae.benchmark", "mpsae.integrations"},
+    {"mpsae.report"},
     {"mpsae.cli", "mpsae.assets", "mpsae.__main__"},
 ]
 # Third-party packages that a layer may import at all.

@@ -19,6 +19,7 @@ _USAGE = {
     "probe": "mpsae probe RUN... [options]",
     "latents": "mpsae latents RUN... [options]",
     "autointerp": "mpsae autointerp RUN... [--endpoint URL --explainer MODEL] [options]",
+    "report": "mpsae report RUN... [--out PAGE.html]",
     "bench": "mpsae bench [--d D --n N --k K --batch B] [options]",
     "convert": "mpsae convert SRC DST --to FORMAT",
     "demo": "mpsae demo [options]",
@@ -26,7 +27,7 @@ _USAGE = {
 
 
 def _commands() -> dict[str, tuple[type, Callable[[Any], object]]]:
-    from mpsae.cli import autointerp, bench, convert, demo, eval, latents, probe, train
+    from mpsae.cli import autointerp, bench, convert, demo, eval, latents, probe, report, train
 
     return {
         "train": (train.TrainConfig, train.run),
@@ -34,6 +35,7 @@ def _commands() -> dict[str, tuple[type, Callable[[Any], object]]]:
         "probe": (probe.ProbeConfig, probe.run),
         "latents": (latents.LatentsConfig, latents.run),
         "autointerp": (autointerp.AutointerpConfig, autointerp.run),
+        "report": (report.ReportConfig, report.run),
         "bench": (bench.BenchConfig, bench.run),
         "convert": (convert.ConvertConfig, convert.run),
         "demo": (demo.DemoConfig, demo.run),

@@ -1,0 +1,93 @@
+"""The measures that a report shows: where each is found, and which way is better."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of an SAE."""
+
+    name: str
+    label: str
+    """Head of its column."""
+    group: str
+    better: Literal["lower", "higher"] | None
+    file: str
+    """Of the folder `evaluation`; none where it takes more than a look."""
+    keys: tuple[str, ...]
+    """Where in the file."""
+    form: str
+    meaning: str
+    words: str = ""
+    """What it is called in a sentence, if other than its label."""
+
+    @property
+    def spoken(self) -> str:
+        """What it is called in a sentence."""
+        return self.words or self.label
+
+
+MEASURES = (
+    Measure("l0", "L0", "Reconstruction", None, "reconstruction", ("l0",), ".1f",
+            "Mean number of latents other than zero on a token."),
+    Measure("fvu", "FVU", "Reconstruction", "lower", "reconstruction", ("fvu",), ".4f",
+            "Fraction of the activations' variance that the reconstruction leaves unexplained."),
+    Measure("cosine", "cosine", "Reconstruction", "higher", "reconstruction", ("cosine",), ".4f",
+            "Cosine of activation and reconstruction, mean over tokens."),
+    Measure("ce_recovered", "CE recovered", "Reconstruction", "higher", "reconstruction",
+            ("ce_recovered",), ".4f",
+            "Share of the model's cross-entropy that is kept with the reconstruction in place of "
+            "the activations: 1 as with the activations, 0 as with their mean."),
+    Measure("later_fvu", "later FVU", "Reconstruction", "lower", "", (), ".4f",
+            "FVU of the model's last layer with the reconstruction in place, against the clean "
+            "one."),
+    Measure("dead", "dead", "Latents", "lower", "reconstruction", ("dead_fraction",), ".3f",
+            "Share of the latents that fired on no held-out token."),
+    Measure("dense", "dense", "Latents", "lower", "reconstruction", ("dense_fraction",), ".3f",
+            "Share of the latents that fired on more than 10 % of the tokens."),
+    Measure("coherence", "coherence", "Latents", "lower", "reconstruction", ("coherence",), ".3f",
+            "Largest absolute cosine of two atoms."),
+    Measure("absorption", "absorption", "Interpretability", "lower", "probing",
+            ("absorption", "fraction"), ".3f",
+            "Share of a labelled feature that latents other than its own carry, in tokens that "
+            "have the feature."),
+    Measure("splitting", "splitting", "Interpretability", "lower", "probing",
+            ("splitting", "latents"), ".2f",
+            "Latents that one labelled feature is spread over."),
+    Measure("probe_f1", "probe F1", "Interpretability", "higher", "probing",
+            ("sparse_probing", "1", "f1"), ".3f",
+            "F1 of the single latent that best tells a labelled feature, mean over features."),
+    Measure("detection", "detection", "Interpretability", "higher", "autointerp",
+            ("means", "detection"), ".3f",
+            "How often a language model says from a latent's explanation in which contexts it "
+            "fires, mean over latents."),
+    Measure("fuzzing", "fuzzing", "Interpretability", "higher", "autointerp",
+            ("means", "fuzzing"), ".3f",
+            "The same of whether the marked tokens are those on which it fires."),
+    Measure("embedding", "embedding", "Interpretability", "higher", "autointerp",
+            ("means", "embedding"), ".3f",
+            "How well embeddings of contexts tell those in which a latent fires, with no language "
+            "model asked; mean over latents."),
+    Measure("encode_us", "encode µs/token", "Runtime", "lower", "reconstruction",
+            ("encode_us",), ".3g", "Median time to encode a token.", "time to encode a token"),
+    Measure("train_us", "train µs/token", "Runtime", "lower", "", (), ".3g",
+            "Time of a training step over its tokens, mean over the run; that of the language "
+            "model is not in it.", "time to train on a token"),
+)  # fmt: skip
+MEASURE = {measure.name: measure for measure in MEASURES}
+ARROWS = {"lower": "↓", "higher": "↑", None: ""}
+COMMANDS = {
+    "reconstruction": "eval",
+    "probing": "probe",
+    "latents": "latents",
+    "autointerp": "autointerp",
+}
+"""Which command of `mpsae` makes a file."""
+
+
+def written(measure: Measure, value: float | None) -> str:
+    """Write a number as its column does; a dash where there is none."""
+    return "–" if value is None else format(value, measure.form)
