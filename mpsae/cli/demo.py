@@ -16,13 +16,14 @@ from torch import Tensor
 
 from mpsae import matching_pursuit
 from mpsae.activations import ActivationStream, BufferConfig, TextConfig, load_language_model
+from mpsae.cli import latents
+from mpsae.cli.eval import EvalConfig, evaluate_folders
 from mpsae.cli.table import number, table
-from mpsae.evaluation import Evaluation, evaluate
+from mpsae.evaluation import Evaluation
 from mpsae.training import Job, TrainConfig, train
 
 HOOKPOINT = "layers.2"
 NAMES = {"matching_pursuit": "MP", "topk": "TopK"}
-COLORS = {"matching_pursuit": "tab:red", "topk": "tab:blue"}
 
 
 @dataclass(kw_only=True)
@@ -40,7 +41,9 @@ class DemoConfig:
 
 
 def run(config: DemoConfig) -> None:
-    """Train, evaluate, time, plot, and end with the table and the picture's path."""
+    """Train, evaluate, time, plot, and end with the table and where picture and page are."""
+    from mpsae.report import read_record, write_report  # matplotlib takes a while
+
     shutil.rmtree(config.out, ignore_errors=True)
     print(
         f"Training MP and TopK SAEs, k={config.k}, on {HOOKPOINT} of the embedded model: "
@@ -60,13 +63,11 @@ def run(config: DemoConfig) -> None:
     model, tokenizer = load_language_model()
     jobs = train(settings, model=model, tokenizer=tokenizer)
     print(f"Judging both on {config.heldout_tokens:,} tokens of held-out modules")
-    results = {
-        job.sae.architecture: evaluate(
-            job.sae, model, tokenizer, HOOKPOINT, settings.text,
-            max_tokens=config.heldout_tokens, progress=True,
-        )
-        for job in jobs
-    }  # fmt: skip
+    runs = [config.out / job.name for job in jobs]
+    found = evaluate_folders(EvalConfig(runs=runs, max_tokens=config.heldout_tokens))
+    results = {job.sae.architecture: found[str(run)] for job, run in zip(jobs, runs, strict=True)}
+    print("Looking for contexts in which latents fire")
+    latents.run(latents.LatentsConfig(runs=runs, max_tokens=config.heldout_tokens, number=40))
     print("Timing the encoders")
     stream = ActivationStream(
         model, tokenizer, [HOOKPOINT], settings.text, BufferConfig(buffer_tokens=2**13),
@@ -82,9 +83,11 @@ def run(config: DemoConfig) -> None:
     (config.out / "demo.json").write_text(json.dumps(written, indent=2) + "\n")
     picture = config.out / "demo.png"
     plot(results, config.out / "metrics.jsonl", picture)
+    page = config.out / "report.html"
+    write_report([read_record(run, config.out) for run in runs], page)
     print()
     print(report(results, speeds, times))
-    print(f"\npicture: {picture}")
+    print(f"\npicture: {picture}\npage with latents to browse: {page}")
 
 
 @torch.no_grad()
@@ -148,18 +151,21 @@ def plot(results: dict[str, Evaluation], metrics: Path, picture: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter
 
+    from mpsae.report.style import BLUE, RED
+
+    colors = {"matching_pursuit": RED, "topk": BLUE}
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, label in NAMES.items():
         own = [line for line in lines if line["name"].startswith(f"{name}/")]
         tokens = [line["tokens"] / 1e3 for line in own]
-        left.plot(tokens, [line["fvu"] for line in own], color=COLORS[name], label=label)
+        left.plot(tokens, [line["fvu"] for line in own], color=colors[name], label=label)
         e = results[name]
         if e.fvu_at_k:
             steps = range(1, len(e.fvu_at_k) + 1)
-            right.plot(steps, e.fvu_at_k, color=COLORS[name], label=f"{label}, stopped early")
+            right.plot(steps, e.fvu_at_k, color=colors[name], label=f"{label}, stopped early")
         else:
-            right.plot([e.l0], [e.fvu], "o", color=COLORS[name], label=label)
+            right.plot([e.l0], [e.fvu], "o", color=colors[name], label=label)
     left.set(xlabel="training tokens (thousands)", ylabel="FVU of the batch", yscale="log")
     right.set(xlabel="steps, or latents, per token", ylabel="FVU, held out", yscale="log")
     for axes in (left, right):
