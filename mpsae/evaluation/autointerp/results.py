@@ -13,15 +13,10 @@ from mpsae.evaluation.autointerp.embedding import embed, embedding_score
 from mpsae.evaluation.autointerp.firings import Source
 from mpsae.evaluation.autointerp.pieces import Pieces
 from mpsae.evaluation.autointerp.questions import QuestionConfig, split
+from mpsae.evaluation.files import describe
 from mpsae.sae import SparseAutoencoder
 
 _CENTRE = 256  # contexts that the mean embedding is taken over
-
-
-def described(sae: SparseAutoencoder) -> dict[str, Any]:
-    """Say which SAE it is."""
-    c = sae.config
-    return {"architecture": sae.architecture, "n": c.d_sae, "d": c.d_in, "k": c.k}
 
 
 def nearest(sae: SparseAutoencoder, ids: Sequence[int], count: int) -> list[list[int]]:
@@ -55,7 +50,7 @@ def browsable(
     near = nearest(source.sae, [latent.id for latent in collected.latents], neighbours)
     return {
         "tokens": collected.tokens,
-        "sae": described(source.sae),
+        "sae": describe(source.sae),
         "window": source.window,
         "latents": [
             {
@@ -123,7 +118,7 @@ def scored(
     sums = ("requests", "malformed", "prompt_tokens", "completion_tokens")
     return {
         "tokens": collected.tokens,
-        "sae": described(source.sae),
+        "sae": describe(source.sae),
         "explainer": explainer,
         "scorer": scorer,
         **{name: sum(record[name] for record in records.values()) for name in sums},

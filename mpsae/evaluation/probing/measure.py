@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mpsae.evaluation.files import describe
 from mpsae.evaluation.probing.absorption import absorption
 from mpsae.evaluation.probing.codes import Codes, encode, mean_differences
 from mpsae.evaluation.probing.logistic import Score, fit_wide, score
@@ -134,7 +135,7 @@ def probe_sae(sae: SparseAutoencoder, probed: Probed, *, ks: Sequence[int] = KS)
     found = [result for result in tasks.values() if "unavailable" not in result]
     chosen = tasks.get(ABSORPTION_TASK, {})
     return {
-        "sae": {"architecture": sae.architecture, "n": c.d_sae, "d": c.d_in, "k": c.k},
+        "sae": describe(sae),
         "tokens": len(probed.x),
         "test_tokens": int(probed.labels.test.sum()),
         "split_by": probed.labels.split_by,
