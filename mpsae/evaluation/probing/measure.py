@@ -125,7 +125,6 @@ def probe_sae(sae: SparseAutoencoder, probed: Probed, *, ks: Sequence[int] = KS)
         if k < 1:
             raise ValueError(f"ks={list(ks)}: a sparse probe has at least 1 latent")
     codes = encode(sae, probed.x)
-    c = sae.config
     tasks: dict[str, Any] = {
         task.name: _task(sae, codes, probed, task, ks)
         if probed.targets[task.name]
