@@ -53,6 +53,8 @@ study: $(READY)
 recovery: $(READY)
 	@echo "== which SAEs recover the features that synthetic data are made of"
 	@$(BIN)/python bench/recovery.py
+	@$(BIN)/python bench/penalty.py
+	@$(BIN)/python bench/tree.py
 
 compare: $(READY)
 	@echo "== MP and its rivals at equal L0, three seeds: reconstruction beside interpretability"

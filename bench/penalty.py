@@ -20,6 +20,8 @@ import torch
 from recovery import Form, Rows, measures, train
 from save import RESULTS, save
 
+from mpsae.evaluation import HierarchyConfig
+
 COEFFICIENTS = [0.0, 1.0, 3.0]
 RATE, SEED = 0.3, 100
 SHOWN = ("mcc", "f1", "absorption", "explained_variance", "l0")
@@ -71,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     results: list[dict[str, Any]] = []
     for k in options.k:
         size = SIZES[k]
-        rows = Rows.draw(SEED, 50_000, d=size.d, roots=size.roots, zipf=size.zipf, l0=0.95 * k)
+        config = HierarchyConfig(d=size.d, roots=size.roots, zipf=size.zipf, l0=0.95 * k, seed=SEED)
+        rows = Rows.draw(config, 50_000)
         for coefficient in COEFFICIENTS:
             form = Form("batch_matching_pursuit", {"coselection_coefficient": coefficient})
             sae = train(form, RATE, rows, options.steps or size.steps, size.n, k)

@@ -71,9 +71,9 @@ class Rows(NamedTuple):
     seed: int
 
     @classmethod
-    def draw(cls, seed: int, rows: int, **settings: Any) -> Rows:
-        """Draw, with settings of the data; the rows of judgement are a third seed's."""
-        data = Hierarchy(HierarchyConfig(seed=seed, **settings))
+    def draw(cls, config: HierarchyConfig, rows: int) -> Rows:
+        """Draw; the rows of judgement are a third seed's."""
+        data, seed = Hierarchy(config), config.seed
         train, heldout = (data.sample(rows // share, 3 * seed + i) for i, share in ((0, 1), (1, 5)))
         return cls(data, train[0], heldout[0], seed)
 
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     started = time.perf_counter()
-    selection = Rows.draw(SELECTION_SEED, options.rows)
+    selection = Rows.draw(HierarchyConfig(seed=SELECTION_SEED), options.rows)
     grid = sorted(set(options.rates))
     rates: dict[str, float] = {}
     tried, bracketed = {}, {}
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     results: list[dict[str, Any]] = []
     refitted: list[dict[str, Any]] = []
     for seed in range(options.seeds):
-        rows = Rows.draw(seed, options.rows)
+        rows = Rows.draw(HierarchyConfig(seed=seed), options.rows)
         for name, form in FORMS.items():
             sae = train(form, rates[name], rows, options.steps)
             row = {"form": name, "seed": seed, "rate": rates[name], **form._asdict()}

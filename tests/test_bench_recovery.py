@@ -44,7 +44,7 @@ def test_the_study_trains_judges_and_saves(tmp_path, monkeypatch, capsys, read_j
 
 
 def test_the_same_seed_trains_the_same_sae():
-    rows = recovery.Rows.draw(5, 400)
+    rows = recovery.Rows.draw(recovery.HierarchyConfig(seed=5), 400)
     form = recovery.FORMS["BatchMP + penalty + blocks"]
     first, second = (recovery.train(form, 1e-3, rows, 2) for _ in range(2))
     assert torch.equal(first.dictionary, second.dictionary)
