@@ -20,7 +20,7 @@ from mpsae.cli.latents import LatentsConfig
 from mpsae.cli.main import main
 from mpsae.cli.probe import ProbeConfig
 from mpsae.cli.report import ReportConfig
-from mpsae.cli.saes import find_saes
+from mpsae.cli.saes import SAEsConfig, find_saes
 from mpsae.sae import TopKConfig, TopKSAE
 from mpsae.training import TrainConfig, loop
 
@@ -179,6 +179,7 @@ def test_eval_of_an_unfinished_run_takes_its_newest_checkpoint(
     assert main([*argv, "--resume"]) == 0
     assert find_saes(out) == [out / a / "layers.1" for a in ("matching_pursuit", "topk")]
     assert find_saes(out.parent) == find_saes(out)
+    assert SAEsConfig(runs=[out, out / "topk"]).folders() == find_saes(out)
     assert main(["eval", str(out), "--max_tokens", "50"]) == 0
 
 

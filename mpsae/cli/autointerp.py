@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpsae.cli.sources import SourceConfig, sources
-from mpsae.cli.table import number, table
+from mpsae.cli.table import number, short, table
 from mpsae.evaluation import files
 from mpsae.evaluation.autointerp import (
     Chat,
@@ -107,9 +107,9 @@ def run(config: AutointerpConfig) -> None:
         finally:  # what is finished is worth keeping
             results[job.folder] = _write(job, names, embedding)
     rows = [
-        [str(folder), *(number(result["means"][name]) for name in _MEASURES),
+        [name, *(number(result["means"][measure]) for measure in _MEASURES),
          str(max(result["scored"].values()))]
-        for folder, result in results.items()
+        for name, result in zip(short(list(results)), results.values(), strict=True)
     ]  # fmt: skip
     print(table(["SAE", *_MEASURES, "latents"], rows))
     if chats is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from simple_parsing import field as option
 
 from mpsae.cli.saes import Models, SAEsConfig
-from mpsae.cli.table import number, table
+from mpsae.cli.table import number, short, table
 from mpsae.evaluation import Evaluation, evaluate, files
 from mpsae.sae import SparseAutoencoder, read_decoder, with_pursuit
 
@@ -97,7 +96,7 @@ def run(config: EvalConfig) -> None:
 
 def report(results: Mapping[str, Evaluation]) -> str:
     """Lay results out as tables; the folders by what comes after their common one."""
-    names = _short(list(results))
+    names = short(list(results))
     shown = dict(zip(names, results.values(), strict=True))
     parts = [
         _table(
@@ -165,9 +164,3 @@ def _steps(e: Evaluation) -> str:
     fvu = [number(e.fvu_at_k[k - 1]) for k in shown]
     l0 = [number(e.l0_at_k[k - 1], ".1f") for k in shown]
     return table(["k", *map(str, shown)], [["FVU", *fvu], ["L0", *l0]])
-
-
-def _short(folders: list[str]) -> list[str]:
-    """Name folders by what comes after their common one; a single one by its name."""
-    common = os.path.commonpath([Path(folder).absolute().parent for folder in folders])
-    return [os.path.relpath(folder, common) for folder in folders]

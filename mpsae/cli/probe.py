@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from mpsae.activations import TextConfig
 from mpsae.cli.saes import Models, SAEsConfig
-from mpsae.cli.table import number, table
+from mpsae.cli.table import number, short, table
 from mpsae.evaluation import files
 from mpsae.evaluation.probing import (
     TASKS,
@@ -110,7 +110,8 @@ class _Sources:
 
 def run(config: ProbeConfig) -> None:
     """Print the tables."""
-    results = probe_folders(config)
+    found = probe_folders(config)
+    results = dict(zip(short(list(found)), found.values(), strict=True))
     probes = ["activations", *(f"k={k}" for k in config.ks)]
     rows = []
     for name, result in results.items():

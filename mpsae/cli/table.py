@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -34,3 +36,14 @@ def number(value: float | None, form: str = ".4f") -> str:
         ('n/a', '0.5000')
     """
     return "n/a" if value is None else format(value, form)
+
+
+def short(folders: Sequence[str | Path]) -> list[str]:
+    """Name folders by what comes after their common one; a single one by its name.
+
+    Example:
+        >>> short(["runs/a/topk", "runs/a/mp"]), short(["runs/a"])
+        (['topk', 'mp'], ['a'])
+    """
+    common = os.path.commonpath([Path(folder).absolute().parent for folder in folders])
+    return [os.path.relpath(folder, common) for folder in folders]
