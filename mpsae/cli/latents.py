@@ -50,6 +50,6 @@ def run(config: LatentsConfig) -> None:
             each=config.per_quantile,
             neighbours=config.neighbours,
         )
-        print(files.write(folder, "latents", result))
+        print(f"written: {files.write(folder, 'latents', result)}")
         if cache is not None:
-            print(cache.save(folder / files.FOLDER / "delphi"))
+            print(f"written: {cache.save(folder / files.FOLDER / 'delphi')}")
