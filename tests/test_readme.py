@@ -61,7 +61,7 @@ def test_files_that_are_named_exist():
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M), target
 
 
-@pytest.mark.parametrize("kind", ["hosts", "orthogonal"])
+@pytest.mark.parametrize("kind", ["hosts", "orthogonal", "study"])
 def test_the_other_tables_are_those_of_their_results(kind):
     names = re.findall(rf"\]\((bench/results/[a-z0-9-]+-{kind}\.json)\)", TEXT)
     assert names, f"the README names no results of {kind}"
