@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from save import RESULTS
 
-from mpsae.report.style import BLUE, GREY, ORANGE, RED, SKY, STYLE
+from mpsae.report.style import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, STYLE
 
 LINES = {
     "TopK": (BLUE, "o"), "BatchTopK": (SKY, "D"), "MP": (RED, "s"), "MP, sliced": (ORANGE, "^"),
@@ -43,9 +43,11 @@ def draw(result: dict[str, Any]) -> Any:
             own = [row for row in rows if row["hookpoint"] == group]
             names = list(dict.fromkeys(row["variant"] for row in own))
             lines = {name: LINES[name] for name in names if name in LINES}
+            legend: dict[str, Any] = {"fontsize": 8}
             if not lines:  # transcoders: all of them
-                colours = (BLUE, SKY, RED, ORANGE, GREY, "#009E73", "#000000")
-                lines = dict(zip(names, zip(colours, "oDs^vPX", strict=True), strict=False))
+                colours = (BLUE, SKY, RED, ORANGE, GREY, GREEN, INK, PINK)
+                lines = dict(zip(names, zip(colours, "oDs^vPX*", strict=True), strict=False))
+                legend = {"loc": "lower right", "fontsize": 7}
             for name, (colour, marker) in lines.items():
                 points = [row for row in own if row["variant"] == name]
                 time.plot(
@@ -55,7 +57,7 @@ def draw(result: dict[str, Any]) -> Any:
             time.set_title(f"{group}: k = {', '.join(map(str, ks))}")
             time.set_xlabel("time of a training step, ms")
             time.set_ylabel("held-out FVU")
-            time.legend(fontsize=8)
+            time.legend(**legend)
             at = [row for row in own if row["k"] == shown]
             for axis, column, label in (
                 (ablation, "fvu", "held-out FVU"), (dead, "dead_fraction", "share of dead latents"),
