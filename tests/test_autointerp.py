@@ -409,7 +409,7 @@ def test_latents_command(trained, capsys, read_json):
     argv = ["latents", str(trained.parent.parent), *SAMPLE, "--delphi", "--top", "2"]
     assert main(argv) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert shown == [str(trained / "evaluation" / part) for part in
+    assert shown == [f"written: {trained / 'evaluation' / part}" for part in
                      ("latents.json", "delphi/latents")]  # fmt: skip
     written = read_json(trained / "evaluation" / "latents.json")
     assert len(written["latents"]) == 4

@@ -175,7 +175,10 @@ def test_command_writes_and_prints(saes, capsys):
     assert " ".join(lines[0].split()) == header
     for name, line in zip(names, lines[2:], strict=False):
         result = files.read(Path(name), "probing")
-        assert line.split()[:2] == [name, f"{result['activations']['accuracy']:.3f}"]
+        assert line.split()[:2] == [
+            "/".join(Path(name).parts[-2:]),
+            f"{result['activations']['accuracy']:.3f}",
+        ]
         assert list(result["tasks"]) == ["line_start", "comment", "first_letter"]
         assert result["sae"] == {"architecture": "topk", "n": 300, "d": 256, "k": 8}
         assert result["model"] == "stdlib_lm"

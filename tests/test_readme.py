@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from compare import table as compare_table
 from recovery import table as recovery_table
 from simple_parsing import ArgumentParser
 from table import layout, markdown
@@ -22,6 +23,10 @@ COMMANDS = [
 
 def recovery_lines(path):
     return recovery_table(json.loads(path.read_text())["rows"]).splitlines()
+
+
+def compare_lines():
+    return compare_table(json.loads((ROOT / "bench/results/compare.json").read_text())["rows"])
 
 
 def test_the_python_example_runs():
@@ -74,8 +79,10 @@ def test_the_table_of_recovery_is_that_of_its_results():
         if line.startswith("| ") and " ± " in line:
             assert line in recovery_lines(ROOT / "bench/results/recovery.json"), line
     shown = [line for line in TEXT.splitlines() if " ± " in line]
-    assert len(shown) >= 6
-    assert set(shown) <= set(recovery_lines(ROOT / "bench/results/recovery.json"))
+    own = {*recovery_lines(ROOT / "bench/results/recovery.json"), *compare_lines()}
+    assert set(compare_lines()) <= set(TEXT.splitlines())
+    assert len(shown) >= 6 + len(compare_lines()) - 2  # its head has no numbers
+    assert set(shown) <= own
 
 
 def test_the_speed_table_is_that_of_the_results():
