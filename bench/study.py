@@ -4,8 +4,8 @@
     python bench/study.py -k 8 --max_tokens 8192 --out runs/study    to see that it runs
 
 After EleutherAI's study of matching-pursuit SAEs (2025), scaled down: the residual stream and the
-MLP output of a middle layer, expansion 8, Adam. The study's rate of 1e-3 leaves all of them far
-from trained in so few steps, TopK most; at 1e-2 its FVU is least. All variants of a hookpoint see
+MLP output of a middle layer, expansion 8, Adam. The study's rate of 1e-3 is for far longer runs;
+1e-2 is the one at which TopK has the least FVU in compare.py. All variants of a hookpoint see
 the same batches; thresholds are calibrated on others, so that mean L0 is k; held out are other
 modules of the same text. What is trained is kept in --runs, so that a run which was stopped goes
 on. The time of a step is measured in turns at the end, on a machine that should do nothing else
