@@ -153,15 +153,15 @@ def test_eval_of_an_unfinished_run_takes_its_newest_checkpoint(
     arguments, tmp_path, capsys, monkeypatch
 ):
     out = tmp_path / "runs" / "killed"
-    real = loop._Run._step_one
+    real = loop.take_step
 
-    def step_one(self, job, rows, logged):
-        if self.step == 9:
+    def take_step(config, job, rows, step, **known):
+        if step == 9:
             raise KeyboardInterrupt
-        return real(self, job, rows, logged)
+        return real(config, job, rows, step, **known)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_step_one", step_one)
+        patch.setattr(loop, "take_step", take_step)
         argv = arguments("llama", "--out", str(out), hookpoints=["layers.1"])
         assert main(argv) == 130
     shutil.copytree(out / "checkpoint-8", out / ".checkpoint-12.4711")

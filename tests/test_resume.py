@@ -23,14 +23,14 @@ class Killed(BaseException):
 
 def stop_at(monkeypatch, step, error):
     """Let the given step (from 1) end in an exception, half-way through the SAEs."""
-    real = loop._Run._step_one
+    real = loop.take_step
 
-    def step_one(self, job, rows, logged):
-        if self.step + 1 == step and job is self.jobs[-1]:
+    def take_step(config, job, rows, number, **known):
+        if number + 1 == step and job.name.startswith(config.architecture[-1]):
             raise error
-        return real(self, job, rows, logged)
+        return real(config, job, rows, number, **known)
 
-    monkeypatch.setattr(loop._Run, "_step_one", step_one)
+    monkeypatch.setattr(loop, "take_step", take_step)
 
 
 def kill(config, step, models, error=Killed):
@@ -132,17 +132,17 @@ def test_half_written_checkpoints_are_passed_over_and_cleared(make, llama, untou
 def test_interrupt_ends_with_a_checkpoint_of_a_whole_step(
     step, make, llama, untouched, monkeypatch, capsys
 ):
-    real = loop._Run._step_one
+    real = loop.take_step
 
-    def step_one(self, job, rows, logged):
-        if self.step + 1 == step and job is self.jobs[0]:
+    def take_step(config, job, rows, number, **known):
+        if number + 1 == step and job.name.startswith(config.architecture[0]):
             os.kill(os.getpid(), signal.SIGINT)
-        return real(self, job, rows, logged)
+        return real(config, job, rows, number, **known)
 
     config = make(architecture=BOTH)
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_step_one", step_one)
+        patch.setattr(loop, "take_step", take_step)
         with pytest.raises(KeyboardInterrupt):
             train(config, **llama)
     assert signal.getsignal(signal.SIGINT) is before
@@ -151,13 +151,13 @@ def test_interrupt_ends_with_a_checkpoint_of_a_whole_step(
 
 
 def test_second_interrupt_stops_at_once_without_a_torn_checkpoint(make, llama, monkeypatch):
-    def step_one(self, job, rows, logged):
+    def take_step(*_, **known):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("went on after two interrupts")
 
     config = make()
-    monkeypatch.setattr(loop._Run, "_step_one", step_one)
+    monkeypatch.setattr(loop, "take_step", take_step)
     with pytest.raises(KeyboardInterrupt):
         train(config, **llama)
     assert state.checkpoints(config.out) == []
@@ -182,18 +182,18 @@ def test_activations_that_turn_nan_keep_the_checkpoint_and_the_run(make, llama, 
 
 def test_gradient_that_is_not_finite_leaves_the_sae_as_it_was(make, llama, monkeypatch):
     config = make(buffer=BufferConfig(buffer_tokens=512, model_batch=8, check_finite=False))
-    real = loop._Run._step_one
+    real = loop.take_step
 
-    def step_one(self, job, rows, logged):
-        if self.step == 5:
+    def take_step(config, job, rows, step, **known):
+        if step == 5:
             before = {name: p.clone() for name, p in job.sae.state_dict().items()}
             with pytest.raises(ValueError, match=r"gradient of matching_pursuit/layers.1 is nan"):
-                real(self, job, rows * float("nan"), logged)
+                real(config, job, rows * float("nan"), step, **known)
             assert all(torch.equal(p, before[n]) for n, p in job.sae.state_dict().items())
             raise Killed
-        return real(self, job, rows, logged)
+        return real(config, job, rows, step, **known)
 
-    monkeypatch.setattr(loop._Run, "_step_one", step_one)
+    monkeypatch.setattr(loop, "take_step", take_step)
     with pytest.raises(Killed):
         train(config, **llama)
 

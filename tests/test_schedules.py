@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mpsae import SparseAutoencoder
 from mpsae.metrics import fvu
-from mpsae.training import loop, train
+from mpsae.training import step, train
 
 __all__ = ["llama", "make", "short_text"]  # fixtures
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,10 +151,10 @@ def test_a_batch_goes_without_the_dropped_atoms(tied, early):
 def test_dropout_leaves_the_numbers_of_the_process_alone(make, llama):
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    with loop._seeded(make_sae("matching_pursuit", atom_dropout=0.5), (0, 1, 2)):
+    with step._seeded(make_sae("matching_pursuit", atom_dropout=0.5), (0, 1, 2)):
         first = torch.rand(5)
     assert torch.equal(torch.get_rng_state(), before)
-    with loop._seeded(make_sae("matching_pursuit", atom_dropout=0.5), (0, 1, 3)):
+    with step._seeded(make_sae("matching_pursuit", atom_dropout=0.5), (0, 1, 3)):
         assert not torch.equal(torch.rand(5), first)
 
 

@@ -7,6 +7,7 @@ import torch
 from mpsae import SparseAutoencoder
 from mpsae.activations import BufferConfig, TextConfig, load_language_model
 from mpsae.training import TrainConfig, loop, train
+from mpsae.training.step import learning_rate
 
 ARCHITECTURES = ["matching_pursuit", "topk", "batch_topk", "matryoshka"]
 
@@ -89,13 +90,13 @@ def test_training_lowers_the_error(architecture, make, llama):
 
 def test_the_same_batches_reach_every_sae(make, monkeypatch):
     seen = {}
-    step = loop._Run._step_one
+    real = loop.take_step
 
-    def look(self, job, rows, logged):
+    def look(config, job, rows, step, **known):
         seen.setdefault(job.name, []).append(rows.clone())
-        return step(self, job, rows, logged)
+        return real(config, job, rows, step, **known)
 
-    monkeypatch.setattr(loop._Run, "_step_one", look)
+    monkeypatch.setattr(loop, "take_step", look)
     both = train(make(architecture=["matching_pursuit", "topk"]))
     for a, b in zip(seen["matching_pursuit/layers.1"], seen["topk/layers.1"], strict=True):
         assert torch.equal(a, b)
@@ -106,16 +107,16 @@ def test_the_same_batches_reach_every_sae(make, monkeypatch):
 
 def test_learning_rate_warms_up_holds_and_falls(make):
     config = make(lr=0.5, warmup_steps=10, decay_fraction=0.25)
-    rates = [loop.learning_rate(config, step, 100) for step in range(100)]
+    rates = [learning_rate(config, step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([0.05 * n for n in range(1, 11)])
     assert rates[10:75] == [0.5] * 65
     assert rates[75:] == pytest.approx([0.5 * n / 25 for n in range(25, 0, -1)])
-    assert loop.learning_rate(config, 10**6, None) == 0.5
-    assert loop.learning_rate(changed(config, warmup_steps=0), 0, 100) == 0.5
+    assert learning_rate(config, 10**6, None) == 0.5
+    assert learning_rate(changed(config, warmup_steps=0), 0, 100) == 0.5
     trained = make(warmup_steps=4, decay_fraction=0.5)
     train(trained)
     assert [line["lr"] for line in lines_of(trained)] == [
-        loop.learning_rate(trained, step, 12) for step in range(12)
+        learning_rate(trained, step, 12) for step in range(12)
     ]
 
 

@@ -48,15 +48,15 @@ def test_pairs_stay_together_in_training(make_config, tiny_models, accumulate, m
     from mpsae.training import loop as training
 
     model, tokenizer = load_language_model(tiny_models["llama"][0])
-    mlp, seen, real = model.get_submodule("model.layers.1.mlp"), [], training._Run._step_one
+    mlp, seen, real = model.get_submodule("model.layers.1.mlp"), [], training.take_step
 
-    def look(self, job, rows, logged):
+    def look(config, job, rows, step, **known):
         x, y = job.split(rows)
         torch.testing.assert_close(mlp(x), y, rtol=1e-4, atol=1e-5)
         seen.append(len(rows))
-        return real(self, job, rows, logged)
+        return real(config, job, rows, step, **known)
 
-    monkeypatch.setattr(training._Run, "_step_one", look)
+    monkeypatch.setattr(training, "take_step", look)
     config = make_config(
         architecture=["mp_transcoder"], hookpoints=["layers.1.mlp"], accumulate=accumulate
     )

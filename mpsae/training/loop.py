@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +12,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mpsae.activations import ActivationStream, load_language_model, record
-from mpsae.metrics import fvu
-from mpsae.sae import SparseAutoencoder, Transcoder
-from mpsae.sparse import l0
+from mpsae.activations import ActivationStream, load_language_model
+from mpsae.sae import SparseAutoencoder
 from mpsae.training import state
-from mpsae.training.config import TrainConfig, input_of, is_transcoder
+from mpsae.training.config import TrainConfig
+from mpsae.training.interrupt import Interrupt
+from mpsae.training.job import Job, make_jobs
 from mpsae.training.logging import MetricsLog
-from mpsae.training.optimizers import make_optimizer
-
-_FVUS = ("reconstruction", "multi_topk")  # losses in units of the rows' variance
-
-
-@dataclass
-class Job:
-    """One SAE in training."""
-
-    name: str
-    hookpoint: str
-    sae: SparseAutoencoder
-    optimizer: torch.optim.Optimizer
-    seconds: float = 0.0
-    """Spent on this SAE's steps by this process, the language model's time left out."""
-    tokens: int = 0
-    """Trained on by this process."""
-
-    def rows(self, batch: dict[str, Tensor]) -> Tensor:
-        """Take this SAE's rows ``[B, d_in]`` of a batch, of a transcoder ``[B, d_in + d_out]``."""
-        if not isinstance(self.sae, Transcoder):
-            return batch[self.hookpoint]
-        return torch.cat([batch[input_of(self.hookpoint)], batch[self.hookpoint]], dim=1)
-
-    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Split rows into the arguments of the SAE's forward pass, the last being the target."""
-        if not isinstance(self.sae, Transcoder):
-            return (rows,)
-        return rows.tensor_split([self.sae.config.d_in], dim=1)
+from mpsae.training.step import take_step
 
 
 def pick_device(device: str) -> str:
@@ -68,14 +35,6 @@ def pick_device(device: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r} cannot be used: {error}") from error
     return device
-
-
-def learning_rate(config: TrainConfig, step: int, steps: int | None) -> float:
-    """Rate of a step: linear warm-up, constant, linear decay to zero at the end."""
-    rate = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
-    if steps is not None and config.decay_fraction > 0:
-        rate *= min(1.0, (steps - step) / max(config.decay_fraction * steps, 1))
-    return rate
 
 
 def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> list[Job]:
@@ -134,11 +93,10 @@ class _Run:
 
     def __init__(self, config: TrainConfig, stream: ActivationStream):
         self.config, self.stream = config, stream
-        self.jobs: list[Job] = []
+        self.jobs = make_jobs(config, stream.model)
         self.step = self.tokens = 0
         limit, batch = config.max_tokens, config.batch_tokens or 1
         self.steps = None if limit is None else limit // batch
-        self._make_jobs()
 
     def load(self, checkpoint: Path) -> None:
         saved = state.load_checkpoint(checkpoint, self._parts())
@@ -155,7 +113,7 @@ class _Run:
         bar = tqdm(
             total=self.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=None
         )
-        interrupt = _Interrupt()
+        interrupt = Interrupt()
         try:
             for batch in self._batches():
                 metrics = self._train_step(batch)
@@ -195,28 +153,6 @@ class _Run:
                 return
             yield batch
 
-    def _make_jobs(self) -> None:
-        config, model = self.config, self.stream.model
-        probe = torch.zeros(1, 2, dtype=torch.int64)
-        widths = {
-            name: rows.shape[-1]
-            for name, rows in record(model, config.recorded, probe, torch.ones_like(probe)).items()
-        }
-        for architecture in config.architecture:
-            for hookpoint in config.hookpoints:
-                maps = is_transcoder(architecture)
-                d_in = widths[input_of(hookpoint) if maps else hookpoint]
-                sae = config.make_sae(architecture, d_in, widths[hookpoint]).to(model.device)
-                sae.metadata = config.metadata(hookpoint)
-                # one pass over weights, gradient and moments in place of ten
-                fused = model.device.type in ("cpu", "cuda")
-                optimizer = make_optimizer(
-                    config.optimizer, sae.parameters(), config.lr, fused=fused
-                )
-                sae.constrain(optimizer)
-                name = f"{architecture}/{hookpoint.replace(':', '_')}"
-                self.jobs.append(Job(name, hookpoint, sae, optimizer))
-
     def _parts(self) -> dict[str, tuple[SparseAutoencoder, torch.optim.Optimizer]]:
         return {job.name: (job.sae, job.optimizer) for job in self.jobs}
 
@@ -231,96 +167,15 @@ class _Run:
         metrics = {}
         for job in self.jobs:
             started = time.perf_counter()
-            values = self._step_one(job, job.rows(batch), logged)
+            values = take_step(
+                self.config, job, job.rows(batch), self.step, steps=self.steps, logged=logged
+            )
             job.seconds += time.perf_counter() - started
             job.tokens += len(batch[job.hookpoint])
             if logged:
                 rate = job.tokens / job.seconds
                 metrics[job.name] = {"tokens": self.tokens} | values | {"tokens_per_s": rate}
         return metrics
-
-    def _step_one(self, job: Job, rows: Tensor, logged: bool) -> dict[str, float]:
-        config, sae = self.config, job.sae.train()
-        config.schedule(sae, self.step)
-        rate = learning_rate(config, self.step, self.steps)
-        for group in job.optimizer.param_groups:
-            group["lr"] = rate
-        bf16 = rows.device.type != "cpu" if config.autocast is None else config.autocast
-        sums: dict[str, float] = {}
-        parts = rows.chunk(config.accumulate)
-        total = _variance(job.split(rows)[-1]) if len(parts) > 1 else None
-        for number, part in enumerate(map(job.split, parts)):
-            target = part[-1]
-            share = len(target) / len(rows)
-            # a part's FVU is over its own variance; so the sum is the FVU of all rows
-            of_variance = share if total is None else (_variance(target) / total).item()
-            with (
-                _seeded(sae, (config.seed, self.step, number)),
-                torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=bf16),
-            ):
-                output = sae(*part)
-            losses = {
-                name: value * (of_variance if name in _FVUS else share)
-                for name, value in output.losses.items()
-            }
-            torch.stack(list(losses.values())).sum().backward()
-            if logged:
-                seen = {name: value.item() for name, value in losses.items()}
-                seen["fvu"] = of_variance * fvu(target, output.reconstruction).item()
-                used = l0(output.code.indices, output.code.values).float().mean().item()
-                seen["l0"] = share * used
-                for name, number in seen.items():
-                    sums[name] = sums.get(name, 0.0) + number
-        limit = config.clip_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), limit)
-        if not math.isfinite(norm.item()):
-            raise ValueError(
-                f"gradient of {job.name} is {norm.item()} at step {self.step + 1} (hookpoint "
-                f"{job.hookpoint!r}); the SAE is left as it was, checkpoints are kept"
-            )
-        job.optimizer.step()
-        job.optimizer.zero_grad(set_to_none=True)
-        if not logged:
-            return {}
-        dead = sae.dead_latents().float().mean().item()
-        return sums | {"dead_fraction": dead, "lr": rate, "gradient_norm": norm.item()}
-
-
-def _variance(rows: Tensor) -> Tensor:
-    """Sum ||x - mean||^2."""
-    return (rows - rows.mean(0)).square().sum()
-
-
-@contextmanager
-def _seeded(sae: SparseAutoencoder, numbers: tuple[int, int, int]) -> Iterator[None]:
-    """Let what an SAE draws depend on run, step and part alone, so that a resumed run draws it."""
-    if getattr(sae.config, "atom_dropout", 0) == 0:
-        yield
-        return
-    device = sae.dictionary.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        seed, step, part = numbers
-        torch.manual_seed((seed * 2**40 + step * 2**16 + part) % 2**63)
-        yield
-
-
-class _Interrupt:
-    """Remember the first Ctrl-C, so that a step is taken whole; the second one stops at once."""
-
-    def __init__(self) -> None:
-        self.seen = False
-        self.before: Any = None
-        if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGINT, self._remember)
-
-    def _remember(self, *_: object) -> None:
-        self.seen = True
-        self.close()
-
-    def close(self) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-            self.before = None
 
 
 def _summary(metrics: dict[str, dict[str, float]]) -> str:

@@ -1,0 +1,27 @@
+"""Ctrl-C in a run: a step is taken whole."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+
+class Interrupt:
+    """Remember the first Ctrl-C, so that a step is taken whole; the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        self.before: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self._remember)
+
+    def _remember(self, *_: object) -> None:
+        self.seen = True
+        self.close()
+
+    def close(self) -> None:
+        """Let the next Ctrl-C stop at once."""
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+            self.before = None
