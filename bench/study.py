@@ -39,7 +39,7 @@ from mpsae.benchmark import interleave
 from mpsae.sae import BatchMatchingPursuitSAE, BatchTopKSAE, SparseAutoencoder
 from mpsae.sae.checkpoint import renamed
 from mpsae.training import TrainConfig, pick_device
-from mpsae.training.loop import learning_rate
+from mpsae.training.step import learning_rate
 
 RESIDUAL, MLP, TRANSCODED = "layers.2", "layers.2.mlp", "layers.2.mlp, input to output"
 RECORDED = [RESIDUAL, MLP, f"{MLP}:input"]

@@ -35,7 +35,7 @@ from mpsae.metrics import RunningFVU
 from mpsae.sae import SparseAutoencoder
 from mpsae.sparse import l0
 from mpsae.training import TrainConfig, pick_device
-from mpsae.training.loop import learning_rate
+from mpsae.training.step import learning_rate
 
 ARCHITECTURES = ["matching_pursuit", "topk", "batch_topk"]
 NAIVE = "naive loop"

@@ -141,12 +141,12 @@ def step(backend, kind, dead=0, autocast=None):
     config = loop.TrainConfig(
         architecture=["topk"], k=1, lr=1e-3, warmup_steps=1, decay_fraction=0.0, autocast=autocast
     )
-    run, job = SimpleNamespace(config=config, step=1, steps=None), loop.Job("", "", sae, optimizer)
+    job = loop.Job("", "", sae, optimizer)
     rows = torch.randn(16, 24, generator=torch.Generator().manual_seed(2))
 
     def call():
         sae.rows_since_fired[:dead] = sae.config.dead_after
-        loop._Run._step_one(run, job, rows, False)
+        loop.take_step(config, job, rows, 1, steps=None, logged=False)
 
     call()
     return work_of(call)
