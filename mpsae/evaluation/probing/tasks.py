@@ -11,6 +11,7 @@ import numpy as np
 from mpsae.evaluation.probing.document import CODE, COMMENT, STRING, Document
 
 YES_NO = ("no", "yes")
+FIRST_LETTER = "first_letter"  # the task of the published absorption
 Label = Callable[[Document, np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -128,7 +129,7 @@ _PYTHON = "Python source"
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("first_letter", _LETTERS, _first_letter, "words in Latin letters"),
+        Task(FIRST_LETTER, _LETTERS, _first_letter, "words in Latin letters"),
         Task("next_letter", _LETTERS, _next_letter, "words in Latin letters"),
         Task("capital", YES_NO, _capital, "words in Latin letters"),
         Task("digit", YES_NO, _digit),
