@@ -139,6 +139,16 @@ def test_rows_are_the_tokens_of_the_words(embedded, prompts):
         assert behind == ASKED
 
 
+def test_words_that_are_cut_up_in_a_prompt_are_left_out(embedded, monkeypatch):
+    model, tokenizer = embedded
+    every = {**tokenizer.get_vocab(), "Ġtartanmirth": 7}
+    monkeypatch.setattr(type(tokenizer), "get_vocab", lambda self: every)
+    assert " tartanmirth" in vocabulary_words(tokenizer)
+    found = spelling_prompts(model, tokenizer, max_words=len(every))
+    assert set(vocabulary_words(tokenizer)) - set(found.words) == {" tartanmirth"}
+    assert any(" tartanmirth" + ASKED in text for text in found.texts)
+
+
 def test_prompts_are_drawn_by_seed(embedded, prompts):
     again = spelling_prompts(*embedded, max_words=900)
     assert again.texts == prompts.texts
@@ -221,14 +231,14 @@ def test_command_reads_prompts(tmp_path, capsys):
     assert 0 < result["tasks"]["line_start"]["rows"] < result["tokens"] - 400
     assert result["tasks"][FIRST_LETTER]["rows"] == 400
     assert result["split_by"] == "document, word"
-    assert (
-        f"400 words in prompts of 10 examples: the model spells {asked['spelled']:.1%}" in printed
-    )
-    assert f"{result['tokens'] - 400:,} held-out tokens;" in printed
+    tokens = result["tokens"] - 400
+    assert f"{tokens:,} held-out tokens, 400 words in prompts; accuracy is" in printed
+    assert f"the model spells {asked['spelled']:.1%} of the words" in printed
     record = read_record(folder, tmp_path)
     assert record.tokens["probing"] == result["tokens"]
     assert record.values["splitting"] == (result["splitting"] or {}).get("latents")
     assert main([*argv, "prompts", "--tasks", FIRST_LETTER]) == 0
+    assert "\n400 words in prompts; accuracy is" in capsys.readouterr().out
     alone = files.read(folder, "probing")
     assert (alone["tokens"], alone["split_by"]) == (400, "word")
     assert alone["tasks"][FIRST_LETTER] == result["tasks"][FIRST_LETTER]

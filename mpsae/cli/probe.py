@@ -200,12 +200,15 @@ def run(config: ProbeConfig) -> None:
                 print(f"no {task}: {r['unavailable']}")
     first = next(iter(results.values()))
     asked = first["prompts"] or {"words": 0, "spelled": None}
-    tokens = first["tokens"] - asked["words"]
-    print(f"\n{tokens:,} held-out tokens; accuracy is the mean of both classes', 0.5 by chance")
+    tokens, words = first["tokens"] - asked["words"], asked["words"]
+    looked_at = [f"{tokens:,} held-out tokens"] * (tokens > 0)
+    looked_at += [f"{words:,} words in prompts"] * (words > 0)
+    print(f"\n{', '.join(looked_at) or 'no rows'}; ", end="")
+    print("accuracy is the mean of both classes', 0.5 by chance")
     if asked["spelled"] is not None:
         print(
-            f"{asked['words']:,} words in prompts of {asked['examples']} examples: the model "
-            f"spells {asked['spelled']:.1%}; where that is little, absorption says little"
+            f"the model spells {asked['spelled']:.1%} of the words; where that is little, "
+            "absorption says little"
         )
 
 
