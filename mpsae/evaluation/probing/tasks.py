@@ -50,8 +50,7 @@ def _word_start(document: Document, start: np.ndarray, end: np.ndarray) -> np.nd
 def _letter(document: Document, place: np.ndarray) -> np.ndarray:
     """0 to 25 for a to z and A to Z, -1 for other characters and for no place."""
     number = (document.codes[place] | 0x20).astype(np.int64) - ord("a")
-    ascii_only = document.codes[place] < 128
-    return np.where((place >= 0) & ascii_only & (number >= 0) & (number < 26), number, -1)
+    return np.where((place >= 0) & (number >= 0) & (number < 26), number, -1)
 
 
 def _first_letter(document: Document, start: np.ndarray, end: np.ndarray) -> np.ndarray:
