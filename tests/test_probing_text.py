@@ -77,7 +77,7 @@ def test_syntax_is_that_of_python():
 
 
 def test_lines_start_anywhere_and_tabs_are_four_columns():
-    text = "a b\n\nc d\n\te f\n \t\tg\n" + 8 * "\t" + "h"
+    text = "a b\nc d\n\n\te f\n \t\tg\n" + 8 * "\t" + "h"
     pieces = list(text)
     found = labels(text, "line_start", pieces)
     assert "".join(p for p, c in zip(pieces, found, strict=True) if c == "yes") == "acegh"
