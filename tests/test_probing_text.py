@@ -8,8 +8,10 @@ import torch
 
 from mpsae.activations import TextConfig, load_language_model, sequences
 from mpsae.cli.main import main
+from mpsae.cli.probe import ProbeConfig, probe_folders
 from mpsae.evaluation import files
 from mpsae.evaluation.probing import TASKS, Document, label_rows, read_aligned
+from mpsae.evaluation.probing.rows import draw_test
 from mpsae.sae import TopKConfig, TopKSAE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,6 +52,13 @@ def test_letters_are_those_of_words():
     assert labels(text, "digit", pieces) == digit
 
 
+def test_letters_are_latin_from_a_to_z():
+    text = " a z A Z à ſ 一 ª"
+    pieces = [text[i : i + 2] for i in range(0, len(text), 2)]
+    assert labels(text, "first_letter", pieces) == ["a", "z", "a", "z"] + [None] * 4
+    assert labels("@[`{~", "first_letter", list("@[`{~")) == [None] * 5
+
+
 def test_syntax_is_that_of_python():
     pieces = pieces_of(SOURCE)
     said = {name: labels(SOURCE, name, pieces) for name in TASKS}
@@ -65,6 +74,28 @@ def test_syntax_is_that_of_python():
     assert marked("indentation", "2") == "returnf(x,(1.5,y2))"
     none = [piece.isspace() for piece in pieces]
     assert [c is None for c in said["string"]] == none
+
+
+def test_lines_start_anywhere_and_tabs_are_four_columns():
+    text = "a b\nc d\n\n\te f\n \t\tg\n" + 8 * "\t" + "h"
+    pieces = list(text)
+    found = labels(text, "line_start", pieces)
+    assert "".join(p for p, c in zip(pieces, found, strict=True) if c == "yes") == "acegh"
+    found = dict(zip(pieces, labels(text, "indentation", pieces), strict=True))
+    assert [found[p] for p in "abcdefgh"] == ["0"] * 4 + ["1", "1", "2", "4 or more"]
+
+
+def test_brackets_are_counted_to_three_and_not_in_strings():
+    text = "x = ((((a)))), '(b' # ((c\n"
+    pieces = list(text)
+    found = dict(zip(pieces, labels(text, "bracket_depth", pieces), strict=True))
+    assert [found[p] for p in "xa,bc"] == ["0", "3 or more", "0", None, None]
+
+
+def test_keywords_are_told_from_other_words_of_code_alone():
+    pieces = ["x", " if", " y", " else", " 'if", " z", "'", "  #", " or", "\n"]
+    found = labels("".join(pieces), "keyword", pieces)
+    assert found == ["no", "yes", "no", "yes"] + [None] * 6
 
 
 def test_formatted_strings_are_strings_throughout():
@@ -112,10 +143,23 @@ def test_sequences_are_those_of_the_text(embedded, context, text_file):
                 assert tokenizer.decode([token]) == piece
 
 
+def test_padding_is_no_text_where_no_token_is_special(tiny_models, text_file):
+    tokenizer = load_language_model(tiny_models["llama"][0])[1]
+    for name in ("bos_token", "eos_token", "pad_token"):
+        setattr(tokenizer, name, None)
+    assert not tokenizer.all_special_ids
+    config = TextConfig(dataset=str(text_file), heldout_split="train", context=30)
+    found = read_aligned(tokenizer, config, max_tokens=10**6)
+    assert torch.equal(found.sequences.mask, found.sequences.attention)
+    assert torch.equal(found.sequences.mask, found.document >= 0)
+    assert not found.sequences.mask.all()
+
+
 def test_sample_spans_the_text(embedded):
     config = TextConfig(context=64)
     few = read_aligned(embedded[1], config, max_tokens=640)
     assert len(few.sequences.ids) == 10
+    assert len(read_aligned(embedded[1], config, max_tokens=641, max_read=0).sequences.ids) == 11
     assert len(few.document.unique()) > 5
     start = read_aligned(embedded[1], config, max_tokens=640, max_read=640)
     assert torch.equal(few.sequences.ids[0], start.sequences.ids[0])
@@ -132,6 +176,14 @@ def test_split_is_by_document_and_drawn_by_seed(embedded):
         assert len(first.test[document == number].unique()) == 1
     assert first.split_by == "document"
     assert 0.25 < first.test.float().mean() < 0.6
+
+
+def test_some_rows_are_left_to_train_on():
+    for group in ([0] + [1] * 100, [0, 1], [0, 1, 2] + [3] * 50):
+        for seed in range(8):
+            test = draw_test(torch.tensor(group), seed)
+            assert test.any()
+            assert not test.all()
 
 
 def test_one_document_is_split_by_sequence(embedded, text_file):
@@ -168,10 +220,10 @@ def saes(tmp_path_factory):
 
 def test_command_writes_and_prints(saes, capsys):
     names = [str(saes / f"seed{seed}" / "layers.0") for seed in (0, 1)]
-    argv = ["probe", *names, "--max_tokens", "3000", "--ks", "1", "3"]
+    argv = ["probe", *names, "--max_tokens", "3000", "--ks", "1", "4"]
     assert main([*argv, "--tasks", "line_start", "comment", "first_letter"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    header = "SAE activations k=1 k=3 split absorbed in full"
+    header = "SAE activations k=1 k=4 split absorbed in full"
     assert " ".join(lines[0].split()) == header
     for name, line in zip(names, lines[2:], strict=False):
         result = files.read(Path(name), "probing")
@@ -182,10 +234,29 @@ def test_command_writes_and_prints(saes, capsys):
         assert list(result["tasks"]) == ["line_start", "comment", "first_letter"]
         assert result["sae"] == {"architecture": "topk", "n": 300, "d": 256, "k": 8}
         assert result["model"] == "stdlib_lm"
-        assert result["tokens"] > result["test_tokens"] > 0
+        assert 3100 > result["tokens"] > result["test_tokens"] > 0
         found = result["tasks"]["line_start"]["classes"]["yes"]
         assert found["activations"]["accuracy"] > 0.8
         assert found["sparse_probing"]["1"]["accuracy"] > 0.5
-        assert list(result["sparse_probing"]) == ["1", "3"]
+        assert list(result["sparse_probing"]) == ["1", "4"]
     assert main([*argv, "--tasks", "spelling"]) == 2
     assert "no task 'spelling'; there are first_letter," in capsys.readouterr().err
+
+
+def test_each_sae_is_probed_on_its_own_hookpoint_text_and_split(tmp_path, text_file):
+    places = [("layers.0", 64), ("layers.1", 64), ("layers.1", 32)]
+    for i, (hookpoint, context) in enumerate(places):
+        sae = TopKSAE(TopKConfig(d_in=256, d_sae=20, k=2))
+        sae.metadata = {"hook_name": hookpoint, "context_size": context, "model_name": "stdlib_lm"}
+        sae.save_pretrained(tmp_path / str(i))
+    settings = {"max_tokens": 1000, "tasks": ["line_start"], "ks": [1]}
+    settings["dataset"] = str(text_file)
+
+    def probed(*names, **more):
+        config = ProbeConfig(runs=[tmp_path / name for name in names], **settings, **more)
+        return list(probe_folders(config).values())
+
+    together = probed("0", "1", "2")
+    assert together == [probed(name)[0] for name in "012"]
+    assert len({result["activations"]["f1"] for result in together}) == 3
+    assert probed("0", seed=1)[0]["activations"] != together[0]["activations"]

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from mpsae.evaluation import Hierarchy, HierarchyConfig
+from mpsae.sae import TopKConfig, TopKSAE
 
 ROWS = 100_000
 
@@ -67,6 +69,15 @@ def test_seeds_of_directions_and_rows():
     assert not torch.equal(data.sample(9, 3)[0], data.sample(9, 4)[0])
     assert not torch.equal(data.features, other.features)
     assert torch.equal(data.sample(9, 3)[1], other.sample(9, 3)[1])
+    three, four = (data.sample(50, seed)[1] > 0 for seed in (3, 4))
+    assert not torch.equal(three[:, :5], four[:, :5])
+
+
+def test_features_are_no_atoms_that_an_sae_of_the_same_seed_starts_with():
+    for seed in range(3):
+        features = Hierarchy(HierarchyConfig(d=16, roots=5, children=2, l0=2.0, seed=seed)).features
+        atoms = TopKSAE(TopKConfig(d_in=16, d_sae=40, k=2, seed=seed)).dictionary.detach()
+        assert (features @ F.normalize(atoms, dim=1).T).abs().max() < 0.95
 
 
 def test_no_children_and_equal_rates():
@@ -85,6 +96,8 @@ def test_no_children_and_equal_rates():
         ({"spread": math.nan}, "spread must be at least 0 and finite, not nan"),
         ({"child_probability": 1.1}, "child_probability must be from 0 to 1, not 1.1"),
         ({"l0": 0}, "l0 must be above 0 and finite, not 0"),
+        ({"d": True}, "d must be an integer of at least 1, not True"),
+        ({"l0": 10.0}, "l0=10.0 needs a first root of rate 1.17;"),
         ({"l0": 100.0}, "l0=100.0 needs a first root of rate .*roots=64"),
     ],
     ids=str,

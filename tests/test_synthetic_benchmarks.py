@@ -81,6 +81,9 @@ def test_shared_factors_leave_each_root_something_of_its_own():
     assert data.correlation.diagonal().eq(1).all()
     off = data.correlation[~torch.eye(20, dtype=torch.bool)]
     assert off.abs().max() <= 0.99
+    one = Hierarchy(HierarchyConfig(roots=20, l0=2.0, correlation_rank=1, correlation_scale=1e6))
+    off = one.correlation[~torch.eye(20, dtype=torch.bool)]
+    torch.testing.assert_close(off.abs(), torch.full_like(off, 0.99), rtol=1e-6, atol=0)
     assert Hierarchy(HierarchyConfig()).correlation is None
 
 
@@ -159,6 +162,9 @@ def test_settings_in_the_manner_of_the_benchmark():
     assert sum(config.widths) == 16384
     assert config.widths == [5632, 512, 2048, 8192]
     assert config.rates_of_roots()[0] < 0.5
+    assert (config.magnitude, config.spread, config.spread_deviation) == ((5.0, 4.0), 0.5, 0.5)
+    assert config.scale_by_parent
+    assert (config.correlation_rank, config.correlation_scale) == (25, 0.1)
     small = HierarchyConfig.synth_sae_bench(d=32, roots=40, parents=6, l0=5.0, levels=2)
     data = Hierarchy(small)
     assert math.isclose(data.l0, 5)
@@ -183,6 +189,12 @@ def test_settings_in_the_manner_of_the_benchmark():
         ({"magnitude": (1.0, 0.0)}, r"magnitude must be above 0 and finite, not \(1.0, 0.0\)"),
         ({"sibling_cosine": 1.0}, "sibling_cosine must be from 0 to below 1, not 1.0"),
         ({"root_rates": (0.5,)}, r"root_rates must be 64 numbers from 0 to 1, not \(0.5,\)"),
+        ({"roots": 2, "root_rates": (0.5, 1.5)}, r"root_rates must be 2 numbers from 0 to 1, not"),
+        ({"roots": 2, "root_rates": (-0.5, 0.5)}, r"root_rates must be 2 numbers from 0 to 1, not"),
+        (
+            {"exclusive_roots": True, "roots": 3, "root_rates": (0.5, 0.5, 0.01)},
+            "exclusive roots add up to at most 1, not 1.010",
+        ),
         ({"exclusive_roots": True}, "exclusive roots add up to at most 1, not 3.167"),
         (
             {"exclusive_roots": True, "l0": 1.0, "correlation_rank": 2},

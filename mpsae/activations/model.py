@@ -92,9 +92,14 @@ def is_causal(model: Any) -> bool:
     )
 
 
+def reach_of(model: Any) -> int | None:
+    """Longest sequence that the model has positions for; None where it does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
 def check_context(model: Any, context: int) -> None:
     """Raise ValueError where sequences are longer than the model's positions reach."""
-    reach = getattr(model.config, "max_position_embeddings", None)
+    reach = reach_of(model)
     if reach is not None and context > reach:
         raise ValueError(f"context={context} exceeds the {reach} positions of this model")
 

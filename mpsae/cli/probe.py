@@ -6,25 +6,36 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-from mpsae.activations import TextConfig
+import torch
+from torch import Tensor
+
+from mpsae.activations import TextConfig, widths
 from mpsae.cli.saes import Models, SAEsConfig
 from mpsae.cli.table import number, short, table
 from mpsae.evaluation import files
 from mpsae.evaluation.probing import (
+    FIRST_LETTER,
     TASKS,
     AlignedText,
     Labels,
     Probed,
+    Prompts,
     activations,
+    join,
     label_rows,
     probe_activations,
     probe_sae,
     read_aligned,
+    spelled,
+    spelling_prompts,
 )
+from mpsae.evaluation.probing.spelling import EXAMPLES, TEMPLATE
 from mpsae.evaluation.reconstruction import source_of
 from mpsae.sae import SparseAutoencoder
+
+FirstLetters = Literal["text", "prompts"]
 
 
 @dataclass(kw_only=True)
@@ -32,13 +43,25 @@ class ProbeConfig(SAEsConfig):
     """Find labelled features of held-out text in the latents of trained SAEs."""
 
     max_tokens: int = 40_000
-    """Held-out tokens to look at."""
+    """Held-out tokens to look at, and words in prompts."""
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
     """Features to look for."""
+    first_letters: FirstLetters = "text"
+    """Where first_letter, and with it absorption and splitting, is read: text, or prompts, in which
+    words of the vocabulary are spelled as in SAEBench."""
     ks: list[int] = field(default_factory=lambda: [1, 2, 5, 10, 20])
     """Latents of sparse probes."""
     seed: int = 0
-    """Of the split of documents into those that train probes and those that test them."""
+    """Of the split of documents and words into those that train probes and those that test them."""
+
+    def __post_init__(self) -> None:
+        if self.first_letters not in get_args(FirstLetters):
+            raise ValueError(f"first_letters must be text or prompts, not {self.first_letters!r}")
+        if self.first_letters == "prompts" and FIRST_LETTER not in self.tasks:
+            raise ValueError(
+                f"first_letters=prompts is how {FIRST_LETTER} is read, which is not among "
+                f"tasks={self.tasks}"
+            )
 
 
 class Origin(NamedTuple):
@@ -72,6 +95,7 @@ def probe_folders(config: ProbeConfig) -> dict[str, dict[str, Any]]:
         results[folder] = {
             "model": origin.model, "hookpoint": origin.hookpoint,
             "dataset": json.loads(origin.text)["dataset"], "seed": config.seed, **result,
+            "prompts": sources.described(origin),
         }  # fmt: skip
         files.write(folder, "probing", results[folder])
     return {str(folder): results[folder] for folder in saes}
@@ -83,29 +107,70 @@ def _origin(folder: Path, sae: SparseAutoencoder, config: ProbeConfig) -> Origin
 
 
 class _Sources:
-    """Models, labelled texts, and the probed activations of the last hookpoint."""
+    """Models, labelled texts and prompts, and the probed activations of the last hookpoint."""
 
     def __init__(self, config: ProbeConfig):
         self.config, self._models = config, Models(config.device)
         self._texts: dict[tuple[str, str], tuple[AlignedText, Labels]] = {}
+        self._prompts: dict[tuple[str, bool], tuple[Prompts, float | None]] = {}
         self._last: tuple[Origin, Probed] | None = None
+        self._asked = config.first_letters == "prompts"
+        self._read = [TASKS[n] for n in config.tasks if not (self._asked and n == FIRST_LETTER)]
 
     def probed(self, origin: Origin) -> Probed:
         if self._last is not None and self._last[0] == origin:
             return self._last[1]
+        self._last = None  # the activations of two hookpoints are never held at once
+        parts = [self._of_text(origin)] if self._read else []
+        if self._asked:
+            parts.append(self._of_prompts(origin))
+        tasks = [TASKS[name] for name in self.config.tasks]
+        self._last = origin, probe_activations(*join(parts), tasks)
+        return self._last[1]
+
+    def described(self, origin: Origin) -> dict[str, Any] | None:
+        """Say what the prompts were; None where none were asked for."""
+        if not self._asked:
+            return None
+        prompts, share = self._spelling(origin)
+        return {
+            "template": TEMPLATE, "examples": EXAMPLES, "words": len(prompts.words),
+            "test_words": int(prompts.labels.test.sum()), "spelled": share,
+        }  # fmt: skip
+
+    def _of_text(self, origin: Origin) -> tuple[Tensor, Labels]:
         config = self.config
-        tasks = [TASKS[name] for name in config.tasks]
         model, tokenizer = self._models[origin.model]
         key = origin.model, origin.text
         if key not in self._texts:
-            settings = TextConfig(**json.loads(origin.text))
-            text = read_aligned(tokenizer, settings, max_tokens=config.max_tokens)
-            self._texts[key] = text, label_rows(text, tasks, seed=config.seed)
+            text = read_aligned(tokenizer, _settings(origin), max_tokens=config.max_tokens)
+            self._texts[key] = text, label_rows(text, self._read, seed=config.seed)
         text, labels = self._texts[key]
-        self._last = None  # the activations of two hookpoints are never held at once
         x = activations(model, origin.hookpoint, text.sequences, batch=config.batch, progress=True)
-        self._last = origin, probe_activations(x, labels, tasks)
-        return self._last[1]
+        return x, labels
+
+    def _of_prompts(self, origin: Origin) -> tuple[Tensor, Labels]:
+        model, _ = self._models[origin.model]
+        (prompts, _), point = self._spelling(origin), origin.hookpoint
+        if not prompts.words:
+            return torch.zeros(0, widths(model, [point])[point]), prompts.labels
+        x = activations(model, point, prompts.sequences, batch=self.config.batch, progress=True)
+        return x, prompts.labels
+
+    def _spelling(self, origin: Origin) -> tuple[Prompts, float | None]:
+        config, bos = self.config, _settings(origin).prepend_bos
+        key = origin.model, bos
+        if key not in self._prompts:
+            model, tokenizer = self._models[origin.model]
+            prompts = spelling_prompts(
+                model, tokenizer, max_words=config.max_tokens, seed=config.seed, prepend_bos=bos
+            )
+            self._prompts[key] = prompts, spelled(model, tokenizer, prompts, batch=config.batch)
+        return self._prompts[key]
+
+
+def _settings(origin: Origin) -> TextConfig:
+    return TextConfig(**json.loads(origin.text))
 
 
 def run(config: ProbeConfig) -> None:
@@ -133,8 +198,18 @@ def run(config: ProbeConfig) -> None:
         for task, r in result["tasks"].items():
             if "unavailable" in r:
                 print(f"no {task}: {r['unavailable']}")
-    tokens = next(iter(results.values()))["tokens"]
-    print(f"\n{tokens:,} held-out tokens; accuracy is the mean of both classes', 0.5 by chance")
+    first = next(iter(results.values()))
+    asked = first["prompts"] or {"words": 0, "spelled": None}
+    tokens, words = first["tokens"] - asked["words"], asked["words"]
+    looked_at = [f"{tokens:,} held-out tokens"] * (tokens > 0)
+    looked_at += [f"{words:,} words in prompts"] * (words > 0)
+    print(f"\n{', '.join(looked_at) or 'no rows'}; ", end="")
+    print("accuracy is the mean of both classes', 0.5 by chance")
+    if asked["spelled"] is not None:
+        print(
+            f"the model spells {asked['spelled']:.1%} of the words; where that is little, "
+            "absorption says little"
+        )
 
 
 def _accuracies(result: Mapping[str, Any]) -> list[str]:

@@ -4,8 +4,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mpsae.evaluation.probing import absorption, collect, fit_narrow, largest, mean_differences
+from mpsae.activations import load_language_model
+from mpsae.evaluation.probing import (
+    FIRST_LETTER,
+    TASKS,
+    absorption,
+    collect,
+    fit_narrow,
+    largest,
+    mean_differences,
+    spelling_prompts,
+    vocabulary_words,
+)
 from mpsae.evaluation.probing import sparse as ours
+from mpsae.evaluation.probing.spelling import EXAMPLES, TEMPLATE
 from mpsae.sparse import SparseCode
 
 pytest.importorskip("sae_bench", reason="sae_bench is not installed")
@@ -125,3 +137,25 @@ def test_probes_of_few_latents_are_those_of_scikit_learn():
         found.weight * scale, torch.from_numpy(probe.coef_), rtol=1e-4, atol=1e-5
     )
     torch.testing.assert_close(found.bias, torch.from_numpy(probe.intercept_), rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_have_the_same_words_and_template():
+    theirs, config = imported("absorption.prompting"), imported("absorption.eval_config")
+    model, tokenizer = load_language_model()
+    words = imported("absorption.vocab").get_alpha_tokens(tokenizer)
+    assert sorted(vocabulary_words(tokenizer)) == sorted(words)
+    assert config.AbsorptionEvalConfig().prompt_template == TEMPLATE
+    found = spelling_prompts(model, tokenizer, max_words=100)
+    letters = found.labels.of[FIRST_LETTER].tolist()
+    for word, text, letter in zip(found.words, found.texts, letters, strict=True):
+        lines = text.split("\n")[1:-1]
+        prompt = theirs.create_icl_prompt(
+            word,
+            [line.split(TEMPLATE.format(word=""))[0] for line in lines],
+            base_template=TEMPLATE,
+            max_icl_examples=EXAMPLES,
+            shuffle_examples=False,
+            prepend_separator_to_first_example=True,
+        )
+        assert text == prompt.base
+        assert TASKS[FIRST_LETTER].classes[letter] == prompt.answer.strip().lower()

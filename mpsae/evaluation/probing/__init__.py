@@ -6,7 +6,7 @@ from mpsae.evaluation.probing.codes import Codes, collect, encode, mean_differen
 from mpsae.evaluation.probing.document import Document
 from mpsae.evaluation.probing.logistic import Probe, Score, fit_narrow, fit_wide, score
 from mpsae.evaluation.probing.measure import Probed, probe_activations, probe_sae
-from mpsae.evaluation.probing.rows import Labels, activations, label_rows
+from mpsae.evaluation.probing.rows import Labels, activations, join, label_rows
 from mpsae.evaluation.probing.sparse import (
     Splitting,
     largest,
@@ -14,9 +14,16 @@ from mpsae.evaluation.probing.sparse import (
     sparse_score,
     splitting,
 )
-from mpsae.evaluation.probing.tasks import TASKS, Task
+from mpsae.evaluation.probing.spelling import (
+    Prompts,
+    spelled,
+    spelling_prompts,
+    vocabulary_words,
+)
+from mpsae.evaluation.probing.tasks import FIRST_LETTER, TASKS, Task
 
 __all__ = [
+    "FIRST_LETTER",
     "TASKS",
     "Absorption",
     "AlignedText",
@@ -25,6 +32,7 @@ __all__ = [
     "Labels",
     "Probe",
     "Probed",
+    "Prompts",
     "Score",
     "Splitting",
     "Task",
@@ -34,6 +42,7 @@ __all__ = [
     "encode",
     "fit_narrow",
     "fit_wide",
+    "join",
     "label_rows",
     "largest",
     "main_latents",
@@ -43,5 +52,8 @@ __all__ = [
     "read_aligned",
     "score",
     "sparse_score",
+    "spelled",
+    "spelling_prompts",
     "splitting",
+    "vocabulary_words",
 ]

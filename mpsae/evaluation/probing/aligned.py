@@ -50,11 +50,7 @@ def read_aligned(
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{type(tokenizer).__name__} does not say which characters its tokens stand for; "
-            "probing needs a fast tokenizer"
-        )
+    check_fast(tokenizer)
     documents: list[str] = []
     rows: list[Tensor] = []
     if max_read is None:
@@ -76,6 +72,15 @@ def read_aligned(
     return AlignedText(text, documents, document, start, end)
 
 
+def check_fast(tokenizer: Any) -> None:
+    """Raise ValueError where the tokenizer does not know the characters of its tokens."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not say which characters its tokens stand for; "
+            "probing needs a fast tokenizer"
+        )
+
+
 def _held_out(tokenizer: Any, config: TextConfig, documents: list[str]) -> Iterator[Tensor]:
     """``[5, context]``: ids, document, start, end and attention of each held-out sequence."""
     apart = config.dataset != "stdlib" and config.heldout_split is None
@@ -85,7 +90,7 @@ def _held_out(tokenizer: Any, config: TextConfig, documents: list[str]) -> Itera
 
 
 def _pack(tokenizer: Any, config: TextConfig, documents: list[str]) -> Iterator[Tensor]:
-    begin, stop, pad = _special(tokenizer)
+    begin, stop, pad = special_tokens(tokenizer)
     outside = (-1, 0, 0, 1)  # no document, attended to
     head = [[begin, *outside]] if config.prepend_bos and begin is not None else []
     tail = [] if stop is None else [[stop, *outside]]
@@ -112,7 +117,7 @@ def _pack(tokenizer: Any, config: TextConfig, documents: list[str]) -> Iterator[
         yield torch.tensor(row + padding).T
 
 
-def _special(tokenizer: Any) -> tuple[int | None, int | None, int]:
+def special_tokens(tokenizer: Any) -> tuple[int | None, int | None, int]:
     """Tokens before a sequence, behind a document, and of padding."""
     begin = tokenizer.bos_token_id
     begin = tokenizer.cls_token_id if begin is None else begin

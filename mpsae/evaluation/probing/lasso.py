@@ -1,4 +1,25 @@
-"""Logistic probes of many latents at once under an L1 penalty, which say which latents matter."""
+"""Logistic probes of many latents at once under an L1 penalty, which say which latents matter.
+
+The penalty was chosen by a rule set up beforehand: the largest one with which the latents that
+`splitting` keeps have an F1 within 0.01 of the best, on rows not fitted. It was looked for on TopK
+and MP SAEs of 2048 latents (k = 16 and 32, seeds 8 and 7, 400,000 tokens of the embedded model's
+layer 2), in 40,000 tokens of the training side of the text that they had not read, split by
+document with the seeds 11 and 12, over all classes that activations tell with an F1 above 0.6.
+Means of the four SAEs, the last four columns of first letters alone; of smaller ones 0.005 and
+0.002 have an F1 of 0.479 and 0.462 in the first split, where 0.01 has 0.483:
+
+    penalty   F1   latents   F1   latents   absorbed   in full
+     0.01    0.490   2.77   0.418   2.00      0.278     0.160
+     0.02    0.455   2.23   0.414   1.82      0.289     0.166
+     0.03    0.426   1.88   0.411   1.78      0.296     0.170
+     0.05    0.385   1.48   0.399   1.64      0.299     0.175
+     0.1     0.351   1.15   0.352   1.23      0.367     0.238
+     0.2     0.331   1.01   0.320   1.01      0.422     0.287
+
+SAEBench's l1_decay of 0.01 is another 0.01. It leaves the weight of the other rows at 1 and codes
+unscaled: of codes with root mean square s, in a class that is rare, it is 0.005 / s here, which is
+0.0001 to 0.0002 in these SAEs (s of 24 to 49).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +30,7 @@ from torch.nn import functional as F
 from mpsae.evaluation.probing.codes import Codes
 from mpsae.evaluation.probing.logistic import balanced
 
-PENALTY = 0.05
+PENALTY = 0.01
 CANDIDATES = 128  # a class
 _STEPS = 100
 _POWER_STEPS = 12

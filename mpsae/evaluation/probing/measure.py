@@ -22,13 +22,12 @@ from mpsae.evaluation.probing.sparse import (
     sparse_score,
     splitting,
 )
-from mpsae.evaluation.probing.tasks import Task
+from mpsae.evaluation.probing.tasks import FIRST_LETTER, Task
 from mpsae.sae import SparseAutoencoder, Transcoder
 
 KS = (1, 2, 5, 10, 20)
 MIN_TRAIN, MIN_TEST = 20, 10  # rows of a class, and of the others
 MIN_F1 = 0.6  # of the probe of activations, for splitting and absorption
-ABSORPTION_TASK = "first_letter"  # the published one
 
 
 class Target(NamedTuple):
@@ -132,7 +131,7 @@ def probe_sae(sae: SparseAutoencoder, probed: Probed, *, ks: Sequence[int] = KS)
         for task in probed.tasks
     }
     found = [result for result in tasks.values() if "unavailable" not in result]
-    chosen = tasks.get(ABSORPTION_TASK, {})
+    chosen = tasks.get(FIRST_LETTER, {})
     return {
         "sae": describe(sae),
         "tokens": len(probed.x),
@@ -150,6 +149,8 @@ def probe_sae(sae: SparseAutoencoder, probed: Probed, *, ks: Sequence[int] = KS)
 
 
 def _reason(task: Task, labels: Labels) -> str:
+    if task.name in labels.missing:
+        return labels.missing[task.name]
     if task.needs and not (labels.of[task.name] >= 0).any():
         return f"the text is not {task.needs}"
     return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +29,9 @@ class Labels:
     test: Tensor
     """Rows that probes are tested on; the others train them. ``[R]`` bool."""
     split_by: str
-    """What is whole on one side: ``"document"`` or ``"sequence"``."""
+    """What is whole on one side: ``"document"``, ``"sequence"`` or ``"word"``."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Why a task has no label, where that is known better than from the task."""
 
 
 def label_rows(text: AlignedText, tasks: Sequence[Task], *, seed: int = 0) -> Labels:
@@ -60,11 +62,44 @@ def label_rows(text: AlignedText, tasks: Sequence[Task], *, seed: int = 0) -> La
     if len(document.unique()) < _MIN_DOCUMENTS:
         number = torch.arange(len(mask))[:, None].expand_as(mask)
         split_by, group = "sequence", number[mask]
-    return Labels(labels, _drawn(group, seed), split_by)
+    return Labels(labels, draw_test(group, seed), split_by)
 
 
-def _drawn(group: Tensor, seed: int) -> Tensor:
-    """Rows of randomly drawn groups that make up the test share."""
+def join(parts: Sequence[tuple[Tensor, Labels]]) -> tuple[Tensor, Labels]:
+    """Put the rows of several sources one behind the other.
+
+    Args:
+        parts: activations ``[R, d]`` and labels of each; a task that one of them does not know has
+            no label in its rows.
+
+    Returns:
+        Activations and labels of all.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    names = dict.fromkeys(name for _, labels in parts for name in labels.of)
+    of = {
+        name: torch.cat([own.of.get(name, torch.full((len(x),), -1)) for x, own in parts])
+        for name in names
+    }
+    return torch.cat([x for x, _ in parts]), Labels(
+        of,
+        torch.cat([labels.test for _, labels in parts]),
+        ", ".join(labels.split_by for _, labels in parts),
+        {name: why for _, labels in parts for name, why in labels.missing.items()},
+    )
+
+
+def draw_test(group: Tensor, seed: int) -> Tensor:
+    """Rows of randomly drawn groups that make up the test share; ``[R]`` bool.
+
+    Args:
+        group: number of each row's group, ``[R]`` int64.
+        seed: of the draw.
+
+    Raises:
+        ValueError: a single group.
+    """
     names, counts = group.unique(return_counts=True)
     if len(names) < 2:
         raise ValueError(

@@ -11,6 +11,7 @@ import numpy as np
 from mpsae.evaluation.probing.document import CODE, COMMENT, STRING, Document
 
 YES_NO = ("no", "yes")
+FIRST_LETTER = "first_letter"  # the task of the published absorption
 Label = Callable[[Document, np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -49,8 +50,7 @@ def _word_start(document: Document, start: np.ndarray, end: np.ndarray) -> np.nd
 def _letter(document: Document, place: np.ndarray) -> np.ndarray:
     """0 to 25 for a to z and A to Z, -1 for other characters and for no place."""
     number = (document.codes[place] | 0x20).astype(np.int64) - ord("a")
-    ascii_only = document.codes[place] < 128
-    return np.where((place >= 0) & ascii_only & (number >= 0) & (number < 26), number, -1)
+    return np.where((place >= 0) & (number >= 0) & (number < 26), number, -1)
 
 
 def _first_letter(document: Document, start: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -128,7 +128,7 @@ _PYTHON = "Python source"
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("first_letter", _LETTERS, _first_letter, "words in Latin letters"),
+        Task(FIRST_LETTER, _LETTERS, _first_letter, "words in Latin letters"),
         Task("next_letter", _LETTERS, _next_letter, "words in Latin letters"),
         Task("capital", YES_NO, _capital, "words in Latin letters"),
         Task("digit", YES_NO, _digit),
