@@ -239,5 +239,7 @@ def _explained(asked: str, error: BaseException, revision: str | None) -> OSErro
     elif status == 403:
         why = "the token does not give the right to; use one that does, or another repo"
     else:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}; try again later"
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if status is None or status >= 500:
+            why += "; check the connection, or try again later"
     return OSError(f"{asked}: {why}")

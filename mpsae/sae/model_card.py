@@ -56,15 +56,21 @@ def model_card(
 
 
 def _row(name: str, config: Mapping[str, Any]) -> dict[str, str]:
-    metadata = config.get("metadata") or {}
-    own = metadata.get("mpsae") or {}
-    k = own.get("config", {}).get("k", config.get("k", config.get("max_iterations")))
+    metadata = _object(config, "metadata")
+    own = _object(metadata, "mpsae")
+    k = _object(own, "config").get("k", config.get("k", config.get("max_iterations")))
     values = (
         name, own.get("architecture", config.get("architecture")), metadata.get("model_name"),
         metadata.get("hook_name"), config.get("d_in"), config.get("d_sae"), k,
         metadata.get("training_tokens"),
     )  # fmt: skip
     return {column: _cell(value) for column, value in zip(_COLUMNS, values, strict=True)}
+
+
+def _object(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Look up an object in a cfg.json, which may be of another package; empty if it is none."""
+    value = settings.get(name)
+    return value if isinstance(value, Mapping) else {}
 
 
 def _cell(value: Any) -> str:
