@@ -42,6 +42,7 @@ setup(
         "torch>=2.6",
         "triton>=3.3; platform_system == 'Linux'",
         "transformers>=4.46",
+        "huggingface_hub>=0.23",
         "datasets>=2.19",
         "safetensors>=0.4",
         "numpy>=1.24",

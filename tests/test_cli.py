@@ -19,6 +19,7 @@ from mpsae.cli.eval import EvalConfig
 from mpsae.cli.latents import LatentsConfig
 from mpsae.cli.main import main
 from mpsae.cli.probe import ProbeConfig
+from mpsae.cli.push import PushConfig
 from mpsae.cli.report import ReportConfig
 from mpsae.cli.saes import SAEsConfig, find_saes
 from mpsae.sae import TopKConfig, TopKSAE
@@ -241,7 +242,7 @@ def test_sae_settings_reach_the_sae(arguments, tmp_path, read_json):
     ("command", "configs"),
     [("train", [TrainConfig, TextConfig, BufferConfig]), ("eval", [EvalConfig]),
      ("probe", [ProbeConfig]), ("latents", [LatentsConfig]), ("autointerp", [AutointerpConfig]),
-     ("report", [ReportConfig]),
+     ("report", [ReportConfig]), ("push", [PushConfig]),
      ("bench", [BenchConfig]), ("convert", [ConvertConfig]), ("demo", [DemoConfig])],
 )  # fmt: skip
 def test_help_lists_every_option_with_what_it_does(command, configs, capsys):
@@ -253,7 +254,7 @@ def test_help_lists_every_option_with_what_it_does(command, configs, capsys):
     assert left.value.code == 0
     shown = capsys.readouterr().out
     words = " ".join(shown.split())
-    positional = {"model", "dataset", "runs", "source", "target"}
+    positional = {"model", "dataset", "runs", "run", "repo", "source", "target"}
     for config in configs:
         names = [f.name for f in fields(config) if f.metadata.get("cmd", True)]
         texts = {

@@ -34,7 +34,10 @@ TORCH_ONLY = {
 }
 ALLOWED = {"mpsae.kernels": {"torch", "triton"}} | {name: {"torch"} for name in TORCH_ONLY}
 # What `import mpsae` must not need: only inside functions, or above the modules.
-HEAVY = {"triton", "transformers", "datasets", "tokenizers", "matplotlib", "simple_parsing"}
+HEAVY = {
+    "triton", "transformers", "datasets", "tokenizers", "matplotlib", "simple_parsing",
+    "huggingface_hub",
+}  # fmt: skip
 
 
 def sources():

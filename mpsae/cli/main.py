@@ -22,12 +22,24 @@ _USAGE = {
     "report": "mpsae report RUN... [--out PAGE.html]",
     "bench": "mpsae bench [--d D --n N --k K --batch B] [options]",
     "convert": "mpsae convert SRC DST --to FORMAT",
+    "push": "mpsae push RUN USER/REPO [options]",
     "demo": "mpsae demo [options]",
 }
 
 
 def _commands() -> dict[str, tuple[type, Callable[[Any], object]]]:
-    from mpsae.cli import autointerp, bench, convert, demo, eval, latents, probe, report, train
+    from mpsae.cli import (
+        autointerp,
+        bench,
+        convert,
+        demo,
+        eval,
+        latents,
+        probe,
+        push,
+        report,
+        train,
+    )
 
     return {
         "train": (train.TrainConfig, train.run),
@@ -38,6 +50,7 @@ def _commands() -> dict[str, tuple[type, Callable[[Any], object]]]:
         "report": (report.ReportConfig, report.run),
         "bench": (bench.BenchConfig, bench.run),
         "convert": (convert.ConvertConfig, convert.run),
+        "push": (push.PushConfig, push.run),
         "demo": (demo.DemoConfig, demo.run),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mpsae.sae import hub
 from mpsae.training import TrainConfig, pick_device, train
 from mpsae.training.forecast import forecast, table
 
@@ -11,9 +12,21 @@ def run(config: TrainConfig) -> None:
     if config.dry_run:
         print(table(forecast(config, pick_device(config.device))))
         return
-    for job in train(config):
+    if config.push_to_hub is not None:
+        hub.check_can_push(config.push_to_hub)  # or hours pass before it fails
+    jobs = train(config)
+    for job in jobs:
         print(f"{config.out / job.name}")
     print(f"judge it with: mpsae eval {config.out}")
+    if config.push_to_hub is not None:
+        folders = {job.name: config.out / job.name for job in jobs}
+        try:
+            print(f"pushed {len(folders)} to {hub.push(folders, config.push_to_hub)}")
+        except OSError as error:
+            raise OSError(
+                f"{error}; the run in {config.out} is complete, push it later with: "
+                f"mpsae push {config.out} {config.push_to_hub}"
+            ) from error
 
 
 __all__ = ["TrainConfig", "run"]

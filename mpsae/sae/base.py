@@ -166,19 +166,60 @@ class SparseAutoencoder(nn.Module, ABC):
 
         return checkpoint.write_sae(self, folder)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        subfolder: str | None = None,
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes to the Hugging Face hub, in one commit.
+
+        A card (README.md) lists the SAEs of the repo and says how to load one; a card that somebody
+        else wrote is left as it is. The token is that of HF_TOKEN or of the stored login.
+
+        Args:
+            repo_id: ``user/repo``, made where it does not exist.
+            private: make it private; a repo that exists stays as it is.
+            revision: branch, made where it does not exist; the main one by default.
+            subfolder: place in the repo, where it holds several SAEs.
+
+        Returns:
+            The repo's URL.
+
+        Raises:
+            OSError: the hub cannot be reached or refuses; the message says what can be done.
+            ValueError: ``repo_id`` or ``subfolder`` is none.
+        """
+        from mpsae.sae import hub
+
+        return hub.push_sae(self, repo_id, private, revision, subfolder)
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+    ) -> Self:
         """Read what :meth:`save_pretrained` wrote, or SAELens' `matching_pursuit` or `topk`.
 
         Args:
-            folder: holds `cfg.json` and `sae_weights.safetensors`.
+            source: folder with `cfg.json` and `sae_weights.safetensors`, or where there is no such
+                folder a hub id ``"user/repo"``, of which those two files are downloaded once. A
+                `Path` is always a folder.
             device: where to put it.
+            revision: branch, tag or commit of a hub repo; its main branch by default.
+            subfolder: of the folder or repo, as ``"topk/layers.1"``.
 
         Returns:
             The SAE in evaluation mode; called on the base class, of any architecture.
 
         Raises:
-            OSError: a file is missing, cut short or damaged.
+            OSError: a file is missing, cut short or damaged, or the hub does not give it.
             ValueError: another architecture, or settings or tensors that do not fit it.
 
         Example:
@@ -188,12 +229,12 @@ class SparseAutoencoder(nn.Module, ABC):
             >>> SparseAutoencoder.from_pretrained(sae.save_pretrained(tempfile.mkdtemp())).config.k
             2
         """
-        from mpsae.sae import checkpoint
+        from mpsae.sae import checkpoint, hub
 
-        sae = checkpoint.read_sae(folder, device)
+        sae = checkpoint.read_sae(hub.locate(source, revision, subfolder), device)
         if not isinstance(sae, cls):
             raise ValueError(
-                f"{folder} holds a {sae.architecture} SAE, not a {cls.architecture} one"
+                f"{source} holds a {sae.architecture} SAE, not a {cls.architecture} one"
             )
         return sae
 

@@ -28,7 +28,7 @@ Logger = Literal["wandb", "trackio", "tensorboard"]
 # what may change when a run is resumed
 _FREE = {
     "max_tokens", "accumulate", "device", "autocast", "out", "resume", "checkpoint_every",
-    "log_every", "logger", "dry_run", "config",
+    "log_every", "logger", "dry_run", "config", "push_to_hub",
 }  # fmt: skip
 
 
@@ -99,6 +99,9 @@ class TrainConfig:
     """Steps between lines in metrics.jsonl."""
     logger: Logger | None = None
     """wandb, trackio or tensorboard, if installed, beside metrics.jsonl."""
+    push_to_hub: str | None = None
+    """Hub repo (user/repo) for the finished SAEs, made before training where it does not exist;
+    mpsae push uploads them later, and makes private ones."""
 
     text: TextConfig = field(default_factory=TextConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)
