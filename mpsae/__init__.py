@@ -31,6 +31,7 @@ from mpsae.sae import (
     read_decoder,
     with_pursuit,
 )
+from mpsae.sharded import sharded_matching_pursuit
 from mpsae.sparse import Pursuit, SparseCode
 
 __all__ = [
@@ -63,5 +64,6 @@ __all__ = [
     "plan",
     "read_decoder",
     "record_pursuits",
+    "sharded_matching_pursuit",
     "with_pursuit",
 ]
