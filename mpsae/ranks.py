@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 import torch
@@ -14,18 +15,18 @@ T = TypeVar("T")
 _INDEX_BITS = 32
 
 
-def own_atoms(n: int, group: dist.ProcessGroup | None = None) -> slice:
-    """Say which of ``n`` atoms this rank holds: contiguous blocks, the first ones larger by one.
+def blocks(n: int, group: dist.ProcessGroup | None = None) -> list[slice]:
+    """Share ``n`` atoms out: a contiguous block for each rank, the first ones larger by one.
 
     Raises:
         ValueError: fewer atoms than ranks, no process group, or not a member of it.
     """
-    rank, ranks = place(group)
+    _, ranks = place(group)
     if n < ranks:
         raise ValueError(f"{n} atoms cannot be spread over {ranks} ranks: each needs one")
     size, larger = divmod(n, ranks)
-    first = rank * size + min(rank, larger)
-    return slice(first, first + size + (rank < larger))
+    ends = list(accumulate((size + (rank < larger) for rank in range(ranks)), initial=0))
+    return [slice(*ends_of) for ends_of in pairwise(ends)]
 
 
 def place(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
@@ -46,20 +47,20 @@ def together(check: Callable[[], T], group: dist.ProcessGroup | None = None) -> 
     """Run a check on every rank; give what all of them found, small things that can be pickled.
 
     Raises:
-        ValueError: on all ranks, what any rank's check raised.
+        ValueError, OSError: on all ranks, what any rank's check raised.
     """
     _, ranks = place(group)
-    own: tuple[T | None, str]
+    own: tuple[T | None, type[Exception] | None, str]
     try:
-        own = check(), ""
-    except ValueError as error:
-        own = None, str(error)
+        own = check(), None, ""
+    except (ValueError, OSError) as error:
+        own = None, OSError if isinstance(error, OSError) else ValueError, str(error)
     found: list = [None] * ranks
     dist.all_gather_object(found, own, group=group)
-    for rank, (_, message) in enumerate(found):
-        if message:
-            raise ValueError(f"{message} (rank {rank} of {ranks})")
-    return [result for result, _ in found]
+    for rank, (_, kind, message) in enumerate(found):
+        if kind is not None:
+            raise kind(f"{message} (rank {rank} of {ranks})")
+    return [result for result, *_ in found]
 
 
 def sum_over_ranks(share: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -68,6 +69,41 @@ def sum_over_ranks(share: Tensor, group: dist.ProcessGroup | None = None) -> Ten
     Differentiable: all ranks go on to the same loss, so a share's gradient is the sum's.
     """
     return _Sum.apply(share, group)
+
+
+def shared_by_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Hand a tensor that is the same on all ranks to what each does with its own atoms.
+
+    Differentiable: its gradient is the sum over the ranks.
+    """
+    return _Shared.apply(tensor, group)
+
+
+def gather_rows(rows: Tensor, n: int, group: dist.ProcessGroup | None = None) -> Tensor | None:
+    """Bring the blocks ``[n_r, ...]`` of all ranks together: ``[n, ...]`` on rank 0's CPU.
+
+    Args:
+        rows: this rank's, of the block that :func:`blocks` gives it; no gradient.
+        n: of all ranks.
+        group: of the ranks.
+
+    Returns:
+        The whole tensor on rank 0 of the group, None on the others.
+    """
+    rank, _ = place(group)
+    first = 0 if group is None else dist.get_global_rank(group, 0)
+    own = rows.detach().contiguous()
+    if rank:
+        dist.send(own, dst=first, group=group)
+        return None
+    whole = torch.empty(n, *rows.shape[1:], dtype=rows.dtype)
+    for other, block in enumerate(blocks(n, group)):
+        if other:
+            own = rows.new_empty(block.stop - block.start, *rows.shape[1:])
+            source = other if group is None else dist.get_global_rank(group, other)
+            dist.recv(own, src=source, group=group)
+        whole[block] = own.cpu()
+    return whole
 
 
 def same_on_all_ranks(described: Sequence[Mapping[str, object]]) -> None:
@@ -126,3 +162,14 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad, None
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, group):
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return sum_over_ranks(grad, ctx.group), None

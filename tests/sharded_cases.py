@@ -7,7 +7,7 @@ import torch.distributed as dist
 from problems import problem
 
 from mpsae import matching_pursuit, sharded_matching_pursuit
-from mpsae.ranks import own_atoms
+from mpsae.ranks import blocks
 
 TENSORS = ("x", "dictionary", "encoder", "bias")
 
@@ -70,12 +70,82 @@ def whole(seed, dtype=torch.float64, **others):
     return outcome(matching_pursuit, tensors, options | others)
 
 
+def own_of(tensors):
+    """The tensors of a problem that this rank has."""
+    own = blocks(len(tensors["dictionary"]))[dist.get_rank()]
+    ours = {name: t if t is None else t[own].clone() for name, t in tensors.items()}
+    return ours | {"x": tensors["x"]}
+
+
 def sharded(seeds, dtype=torch.float64):
     found = []
     for seed in seeds:
         tensors, options = drawn(seed, dtype)
-        own = own_atoms(len(tensors["dictionary"]))
-        blocks = {name: t if t is None else t[own].clone() for name, t in tensors.items()}
-        blocks["x"] = tensors["x"]
-        found.append(outcome(sharded_matching_pursuit, blocks, options))
+        found.append(outcome(sharded_matching_pursuit, own_of(tensors), options))
     return found
+
+
+def many_atoms(dtype):
+    """A problem of some hundred atoms, for the compiled kernels."""
+    x, dictionary = problem(13, 37, 301, dtype, seed=3, unit=False)
+    encoder, bias = problem(301, 37, 301, dtype, seed=4)[0] * 0.4, torch.linspace(-0.2, 0.2, 301)
+    return {"x": x, "dictionary": dictionary, "encoder": encoder, "bias": bias.to(dtype)}
+
+
+def sharded_many(dtype, names, widened, k):
+    tensors = {name: t for name, t in own_of(many_atoms(dtype)).items() if name in names}
+    if widened:
+        tensors = {name: t.float() for name, t in tensors.items()}
+    return outcome(sharded_matching_pursuit, tensors, {"k": k})
+
+
+def refusal(wrong, everywhere=False):
+    """The error of a pursuit that is asked for wrongly on one rank; then a right one."""
+    x, dictionary = problem(3, 5, 12, seed=1)
+    right = {"x": x, "dictionary": own_of({"x": x, "dictionary": dictionary})["dictionary"], "k": 2}
+    asked = wrong(right) if everywhere or dist.get_rank() == 1 else {}
+    try:
+        sharded_matching_pursuit(**right | asked)
+    except ValueError as error:
+        message = str(error)
+    return message, sharded_matching_pursuit(**right).indices
+
+
+def narrow(right):
+    return {"dictionary": right["dictionary"][:, :4]}
+
+
+def other_rows(right):
+    return {"x": right["x"].flip(0) * 2}
+
+
+def more_rows(right):
+    return {"x": right["x"][[0, 1, 2, 2]]}
+
+
+def more_steps(right):
+    return {"k": 3}
+
+
+def repeats(right):
+    return {"allow_repeats": False}
+
+
+def biased(right):
+    return {"bias": right["dictionary"][:, 0].clone()}
+
+
+def trained(right):
+    return {"dictionary": right["dictionary"].clone().requires_grad_()}
+
+
+def no_steps(right):
+    return {"k": 0}
+
+
+def nowhere(right):
+    return {"residual_threshold": float("nan")}
+
+
+def too_many_steps(right):
+    return {"k": 13, "allow_repeats": False}
