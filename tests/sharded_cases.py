@@ -7,7 +7,7 @@ import torch.distributed as dist
 from problems import problem
 
 from mpsae import matching_pursuit, sharded_matching_pursuit
-from mpsae.ranks import blocks
+from mpsae.ranks import best_of_ranks, blocks
 
 TENSORS = ("x", "dictionary", "encoder", "bias")
 
@@ -109,6 +109,22 @@ def refusal(wrong, everywhere=False):
     except ValueError as error:
         message = str(error)
     return message, sharded_matching_pursuit(**right).indices
+
+
+def scores_of(dtype, world):
+    """Scores ``[40, world]`` of few different numbers, and an atom for each, none twice."""
+    generator = torch.Generator().manual_seed(0)
+    tiny, inf, nan = torch.finfo(dtype).tiny, torch.inf, torch.nan
+    numbers = [0.0, -0.0, 1.5, -1.5, tiny, -tiny, inf, -inf] * 2 + [nan, -nan]
+    draw = torch.randint(len(numbers), (40, world), generator=generator)
+    atoms = torch.randperm(40 * world, generator=generator).reshape(40, world)
+    return torch.tensor(numbers, dtype=dtype)[draw], atoms
+
+
+def best_of_scores(dtype):
+    scores, atoms = scores_of(dtype, dist.get_world_size())
+    rank = dist.get_rank()
+    return best_of_ranks(scores[:, rank].clone(), atoms[:, rank].clone(), None)
 
 
 def narrow(right):

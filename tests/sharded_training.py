@@ -94,7 +94,7 @@ def through_files(folder, settings):
     whole = again.gather()
     after = again(rows(0)).reconstruction.detach()
     written = None if whole is None else (whole.state_dict(), whole.metadata)
-    return before, after, again.rows_since_fired.sum(), written
+    return before, after, share.rows_since_fired, written
 
 
 def decoded(settings):
@@ -126,7 +126,7 @@ def refused(folder):
     rank = dist.get_rank()
     share = ShardedMatchingPursuitSAE(config())
     few = config(d_sae=dist.get_world_size() - 1)
-    (folder / f"file {rank}").write_text("")
+    (folder / "file").touch()
     share.before_pursuit = "topk"
     early = error_of(share.train(), rows(0).float())
     share.before_pursuit = None
@@ -140,8 +140,8 @@ def refused(folder):
         "dtype": error_of(share, rows(0)),
         "integers": error_of(share, torch.ones(2, D, dtype=torch.int64)),
         "refit": error_of(share.encode, rows(0).float(), refit=True),
-        "unwritable": error_of(share.save_pretrained, folder / "file 0"),
-        "missing": error_of(ShardedMatchingPursuitSAE.from_pretrained, folder / f"file {rank}"),
+        "unwritable": error_of(share.save_pretrained, folder / "file"),
+        "missing": error_of(ShardedMatchingPursuitSAE.from_pretrained, folder / "none"),
         "kind": error_of(ShardedMatchingPursuitSAE.from_whole, torch.nn.Linear(2, 2)),
     }
 

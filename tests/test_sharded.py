@@ -16,7 +16,7 @@ def assert_close(actual, expected, tolerance):
 
 
 def test_pursuit_and_gradients_are_those_of_one_process(ranks):
-    seeds = range(60)
+    seeds = range(40)
     everywhere = ranks.run(cases.sharded, seeds)
     for seed, *found in zip(seeds, *everywhere, strict=True):
         expected, expected_grads = cases.whole(seed, method="reference")
@@ -58,6 +58,19 @@ def test_16_bits_are_computed_as_fp32(ranks):
         for grad, wide_grad in zip(grads[1:], wide_grads[1:], strict=True):
             assert grad.dtype == torch.bfloat16
             assert_close(grad.float(), wide_grad, 0.02)  # the loss sees rounded results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_best_score_of_all_ranks(ranks, dtype):
+    scores, atoms = cases.scores_of(dtype, ranks.world)
+    top = scores.max(1)
+    # of equal scores, of which 0 and -0 are two, the lowest atom
+    atoms = torch.where(scores == top.values[:, None], atoms, len(scores) * 100).min(1).values
+    nan = torch.isnan(top.values)
+    for score, index in ranks.run(cases.best_of_scores, dtype):
+        assert torch.equal(torch.isnan(score), nan)
+        assert torch.equal(score[~nan], top.values[~nan])
+        assert torch.equal(index[~nan], atoms[~nan])
 
 
 REFUSALS = {
