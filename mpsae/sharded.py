@@ -86,9 +86,7 @@ def sharded_matching_pursuit(
         Mallat & Zhang, 1993.
 
     Example:
-        >>> import tempfile
-        >>> store = dist.FileStore(tempfile.mktemp(), 1)
-        >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> sharded_matching_pursuit(torch.eye(3), torch.eye(3), 1).indices.flatten().tolist()
         [0, 1, 2]
         >>> dist.destroy_process_group()

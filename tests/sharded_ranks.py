@@ -16,7 +16,7 @@ class Ranks:
 
     def __init__(self, world, store):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["sharded_cases"])  # torch is imported once
+        context.set_forkserver_preload(["mpsae"])  # torch is imported once
         self.world, self.pipes, self.processes = world, [], []
         for rank in range(world):
             ours, theirs = context.Pipe()

@@ -72,9 +72,7 @@ class ShardedMatchingPursuitSAE(MatchingPursuitSAE, registered=False):
         residual; 4 bytes a row, rank and candidate and one reconstruction over the links.
 
     Example:
-        >>> import tempfile
-        >>> store = dist.FileStore(tempfile.mktemp(), 1)
-        >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> share = ShardedMatchingPursuitSAE(MatchingPursuitConfig(d_in=8, d_sae=32, k=3))
         >>> share(torch.randn(5, 8)).code.indices.shape
         torch.Size([5, 3])
