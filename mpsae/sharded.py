@@ -78,9 +78,11 @@ def sharded_matching_pursuit(
         collectives; the atom once more in the backward. Memory per rank: its weights and their
         gradients, ``O(B (d + k))`` kept for the backward, nothing of size ``[B, k, d]`` or
         ``[B, n]``. One exchange of a few hundred bytes, which synchronises with a GPU, checks the
-        arguments of a call. On a CPU the loop ends when all rows have stopped; a row that has
-        stopped before costs what the others do. Equal correlations on different ranks give the
-        lowest index. Ranks have the same kind of device.
+        arguments of a call. Where there are gradients all ranks run the backward.
+
+        Atoms of different ranks are compared by correlations in fp32 (fp64 for fp64), equal ones by
+        the lowest index. On a CPU the loop ends when all rows have stopped; a row that has stopped
+        before costs what the others do. Ranks have the same kind of device.
 
     References:
         Mallat & Zhang, 1993.
@@ -104,8 +106,8 @@ def sharded_matching_pursuit(
         k_max, k_rows = checks.steps(k, x)
         return len(dictionary), {
             "x": (list(x.shape), x.dtype), "k": k_max, **options,
-            "sum of the bits of k": None if k_rows is None else _sum_of_bits(k_rows),
-            "sum of the bits of x": _sum_of_bits(x),
+            "k, by the sum of its bits,": None if k_rows is None else _sum_of_bits(k_rows),
+            "x, by the sum of its bits,": _sum_of_bits(x),
             **_described("dictionary", dictionary), **_described("encoder", encoder),
             **_described("bias", bias), "x needs a gradient": _needs_gradient(x),
         }  # fmt: skip

@@ -16,7 +16,8 @@ class Ranks:
 
     def __init__(self, world, store):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["mpsae"])  # torch is imported once
+        # once for all ranks: torch, and what its optimisers and collectives import at first use
+        context.set_forkserver_preload(["mpsae", "torch._dynamo", "torch.distributed.tensor"])
         self.world, self.pipes, self.processes = world, [], []
         for rank in range(world):
             ours, theirs = context.Pipe()

@@ -75,7 +75,7 @@ def test_the_best_score_of_all_ranks(ranks, dtype):
 
 REFUSALS = {
     cases.narrow: "dictionary has 4 columns but x has 5 features",
-    cases.other_rows: "sum of the bits of x must be the same on all ranks",
+    cases.other_rows: "x, by the sum of its bits, must be the same on all ranks",
     cases.more_rows: r"x must be the same on all ranks, but is \(\[3, 5\]",
     cases.more_steps: "k must be the same on all ranks, but is 2 on rank 0 and 3 on rank 1",
     cases.repeats: "allow_repeats must be the same on all ranks, but is True on rank 0",

@@ -52,7 +52,7 @@ class ShardedMatchingPursuitSAE(MatchingPursuitSAE, registered=False):
     Its optimiser steps its own parameters; clip by :meth:`clip_grad_norm_`.
 
     Args:
-        config: of the whole SAE; a `MatchingPursuitConfig` without what :attr:`Raises` names.
+        config: of the whole SAE, a :class:`mpsae.MatchingPursuitConfig`.
         group: whose ranks hold the latents, all processes by default. They are shared out in
             contiguous blocks, see :func:`mpsae.ranks.blocks`.
         atoms: initial atoms of this rank; by default its block of those that the whole SAE of the
