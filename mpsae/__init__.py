@@ -21,6 +21,7 @@ from mpsae.sae import (
     MatryoshkaConfig,
     MatryoshkaSAE,
     SAEOutput,
+    ShardedMatchingPursuitSAE,
     SkipTranscoder,
     SkipTranscoderConfig,
     SparseAutoencoder,
@@ -31,6 +32,7 @@ from mpsae.sae import (
     read_decoder,
     with_pursuit,
 )
+from mpsae.sharded import sharded_matching_pursuit
 from mpsae.sparse import Pursuit, SparseCode
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "Plan",
     "Pursuit",
     "SAEOutput",
+    "ShardedMatchingPursuitSAE",
     "SkipTranscoder",
     "SkipTranscoderConfig",
     "SparseAutoencoder",
@@ -63,5 +66,6 @@ __all__ = [
     "plan",
     "read_decoder",
     "record_pursuits",
+    "sharded_matching_pursuit",
     "with_pursuit",
 ]

@@ -118,13 +118,15 @@ class KernelCorrelations:
     row that would take one of them again has none left.
     """
 
-    def __init__(self, encoder: Tensor):
-        self.encoder = encoder
+    def __init__(self, encoder: Tensor, bias: Tensor | None = None):
+        self.encoder, self.bias = encoder, bias
 
     def best(self, residual, options: PursuitOptions, window, banned):
         """See :class:`mpsae.reference.Correlations`."""
-        problem = Problem(residual, self.encoder, None, None, None, None, None)
-        step = PursuitOptions(k=1, select=options.select)
+        problem = Problem(residual, self.encoder, None, self.bias, None, None, None)
+        step = PursuitOptions(
+            k=1, select=options.select, correlation_threshold=options.correlation_threshold
+        )
         indices, values, _, taken, _ = run(
             problem, step, exact=True, method="stream", backend="auto", training=False
         )

@@ -34,7 +34,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -64,6 +64,13 @@ class PursuitOptions:
         if self.correlation_threshold is not None:
             return self.correlation_threshold
         return -math.inf if self.select == "max" else 0.0
+
+
+class Rows(Protocol):
+    """A weight of which the loop reads rows: a tensor, or what gets them from elsewhere."""
+
+    def __getitem__(self, index: Tensor, /) -> Tensor:
+        """Rows ``[B, ...]`` of atoms ``index [B]``."""
 
 
 class Correlations(Protocol):
@@ -148,9 +155,9 @@ class DenseCorrelations:
 
 def pursue(
     x: Tensor,
-    dictionary: Tensor,
-    encoder: Tensor | None,
-    bias: Tensor | None,
+    dictionary: Rows,
+    encoder: Rows | None,
+    bias: Rows | None,
     options: PursuitOptions,
     correlations: Correlations,
     *,
@@ -162,7 +169,8 @@ def pursue(
 
     Args:
         x: ``[B, d]``, the dtype in which everything is computed.
-        dictionary, encoder, bias: ``[n, d]``, ``[n, d]``, ``[n]``, same dtype.
+        dictionary, encoder, bias: ``[n, d]``, ``[n, d]``, ``[n]``, same dtype; with a fit tensors,
+            else anything that gives rows.
         options: see :class:`PursuitOptions`.
         correlations: see :class:`Correlations`.
         k_rows: ``[B]`` int64, steps allowed to each row (``options.k`` where absent).
@@ -204,7 +212,8 @@ def pursue(
             values.append(value)
         else:
             value = fit.add(chosen, index, active & ~repeated, active)
-            residual = x - sparse_decode(indices[:, : t + 1].clone(), value, dictionary)
+            atoms = cast(Tensor, dictionary)
+            residual = x - sparse_decode(indices[:, : t + 1].clone(), value, atoms)
             values = list(value.unbind(1))
         with torch.no_grad():
             correlations.subtract(index, value)
@@ -217,7 +226,7 @@ def pursue(
 
 
 def _value(
-    residual: Tensor, encoder: Tensor, bias: Tensor | None, index: Tensor, options: PursuitOptions
+    residual: Tensor, encoder: Rows, bias: Rows | None, index: Tensor, options: PursuitOptions
 ) -> Tensor:
     seen = residual.detach() if options.detach_residual else residual
     value = (seen * encoder[index]).sum(-1)

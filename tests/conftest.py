@@ -119,3 +119,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", params=[2, 4], ids=lambda world: f"{world} ranks")
+def ranks(request, tmp_path_factory):
+    """Processes of a gloo group, see :class:`sharded_ranks.Ranks`."""
+    from sharded_ranks import Ranks
+
+    ranks = Ranks(request.param, tmp_path_factory.mktemp("ranks") / "store")
+    yield ranks
+    ranks.close()

@@ -9,6 +9,7 @@ from mpsae.sae.batch_topk import BatchTopKConfig, BatchTopKSAE
 from mpsae.sae.inference_time import Decoder, read_decoder, with_pursuit
 from mpsae.sae.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
 from mpsae.sae.matryoshka import MatryoshkaConfig, MatryoshkaSAE
+from mpsae.sae.sharded import ShardedMatchingPursuitSAE
 from mpsae.sae.topk import TopKConfig, TopKSAE
 from mpsae.sae.transcoder import (
     MatchingPursuitTranscoder,
@@ -34,6 +35,7 @@ __all__ = [
     "MatryoshkaSAE",
     "SAEConfig",
     "SAEOutput",
+    "ShardedMatchingPursuitSAE",
     "SkipTranscoder",
     "SkipTranscoderConfig",
     "SparseAutoencoder",

@@ -71,6 +71,18 @@ class SAEOutput(NamedTuple):
         return torch.stack(list(self.losses.values())).sum()
 
 
+def initial_atoms(config: SAEConfig, own: slice = slice(None)) -> Tensor:
+    """Draw the initial dictionary: random directions of unit norm, fp32 on the CPU.
+
+    Args:
+        config: with the seed.
+        own: which atoms to give, of all that are drawn.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    atoms = torch.randn(config.d_sae, config.d_in, generator=generator)
+    return nn.functional.normalize(atoms[own], dim=1)
+
+
 ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {}
 """The architectures by name."""
 
@@ -80,30 +92,33 @@ class SparseAutoencoder(nn.Module, ABC):
 
     Parameters: ``dictionary [d_sae, d_in]`` and ``b_dec [d_in]``, and where the encoder is its own
     ``encoder [d_sae, d_in]`` and ``b_enc [d_sae]``. The reconstruction loss is the batch's FVU.
+
+    Args:
+        config: the architecture's settings.
+        atoms: the dictionary to start from, used as it is; by default :func:`initial_atoms`.
     """
 
     architecture: ClassVar[str]
     config_class: ClassVar[type[SAEConfig]]
     has_encoder: ClassVar[bool] = True
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, registered: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        ARCHITECTURES[cls.architecture] = cls
+        if registered:
+            ARCHITECTURES[cls.architecture] = cls
 
-    def __init__(self, config: SAEConfig):
+    def __init__(self, config: SAEConfig, atoms: Tensor | None = None):
         super().__init__()
         self.config: Any = config
         # latents a row in training in place of config.k; a schedule sets it
         self.training_k: int | None = None
         # what a checkpoint should say of its origin: model, hookpoint, dataset, ...
         self.metadata: dict[str, Any] = {}
-        generator = torch.Generator().manual_seed(config.seed)
-        atoms = torch.randn(config.d_sae, config.d_in, generator=generator)
-        self.dictionary = nn.Parameter(nn.functional.normalize(atoms, dim=1))
+        self.dictionary = nn.Parameter(initial_atoms(config) if atoms is None else atoms)
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
         if self.has_encoder:
             self.encoder = nn.Parameter(self.dictionary.detach().clone())
-            self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
+            self.b_enc = nn.Parameter(torch.zeros(len(self.dictionary)))
         self.rows_since_fired: Tensor
         self.register_buffer(
             "rows_since_fired", torch.zeros(config.d_sae, dtype=torch.int64), persistent=False
@@ -322,13 +337,18 @@ class SparseAutoencoder(nn.Module, ABC):
         seen, encoder, bias = self._encoder_of_dead(x, residual, code)
         seen, residual = (t.reshape(-1, t.shape[-1]) for t in (seen, residual))
         wanted = self.config.aux_k or max(1, self.config.d_in // 2)
-        with torch.no_grad():
-            values, indices = largest_among(seen, encoder, bias, dead, wanted)
-        values = chosen_latents(seen, encoder, bias, indices, values)
-        explained = sparse_decode(indices, values, self._decoder_of_dead())
+        explained = self._explained_by_dead(seen, encoder, bias, dead, wanted)
         # fewer dead latents than wanted explain less, so they weigh less
         share = dead.sum().clamp_max(wanted) / wanted
         return share * residual_fvu(residual, residual - explained)
+
+    def _explained_by_dead(
+        self, seen: Tensor, encoder: Tensor, bias: Tensor | None, dead: Tensor, wanted: int
+    ) -> Tensor:
+        with torch.no_grad():
+            values, indices = largest_among(seen, encoder, bias, dead, wanted)
+        values = chosen_latents(seen, encoder, bias, indices, values)
+        return sparse_decode(indices, values, self._decoder_of_dead())
 
     @torch.no_grad()
     def _count_firing(self, code: SparseCode | Pursuit) -> None:

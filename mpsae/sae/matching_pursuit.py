@@ -141,6 +141,7 @@ class MatchingPursuitSAE(SparseAutoencoder):
 
     Args:
         config: :class:`MatchingPursuitConfig`.
+        atoms: as in :class:`SparseAutoencoder`.
 
     Notes:
         The loss needs no decoding where the dictionary is subtracted: the residual that the pursuit
@@ -161,18 +162,18 @@ class MatchingPursuitSAE(SparseAutoencoder):
     config_class = MatchingPursuitConfig
     has_encoder = False
 
-    def __init__(self, config: MatchingPursuitConfig):
+    def __init__(self, config: MatchingPursuitConfig, atoms: Tensor | None = None):
         slicing.check_memory(config)
-        super().__init__(config)
+        super().__init__(config, atoms)
         # how latents are chosen in training, all at once, until a schedule turns the pursuit on
         self.before_pursuit: BeforePursuit | None = None
         if not config.tied:
             rows = slicing.rows_of(config)
-            atoms = self.dictionary.detach()
-            encoder, dictionary = (atoms.repeat(n // config.d_sae, 1) for n in rows)
+            start = self.dictionary.detach()
+            encoder, dictionary = (start.repeat(n // config.d_sae, 1) for n in rows)
             self.dictionary = torch.nn.Parameter(dictionary)
             self.encoder = torch.nn.Parameter(encoder)
-            self.b_enc = torch.nn.Parameter(torch.zeros(rows[0]))
+            self.b_enc = torch.nn.Parameter(torch.zeros(len(encoder)))
 
     def encode(
         self,
