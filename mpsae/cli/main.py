@@ -14,6 +14,7 @@ from simple_parsing import ArgumentParser
 from mpsae import __version__
 
 _USAGE = {
+    "cache": "mpsae cache [MODEL [DATASET]] [options]",
     "train": "mpsae train [MODEL [DATASET]] [options]",
     "eval": "mpsae eval RUN... [options]",
     "probe": "mpsae probe RUN... [options]",
@@ -27,9 +28,21 @@ _USAGE = {
 
 
 def _commands() -> dict[str, tuple[type, Callable[[Any], object]]]:
-    from mpsae.cli import autointerp, bench, convert, demo, eval, latents, probe, report, train
+    from mpsae.cli import (
+        autointerp,
+        bench,
+        cache,
+        convert,
+        demo,
+        eval,
+        latents,
+        probe,
+        report,
+        train,
+    )
 
     return {
+        "cache": (cache.CacheConfig, cache.run),
         "train": (train.TrainConfig, train.run),
         "eval": (eval.EvalConfig, eval.run),
         "probe": (probe.ProbeConfig, probe.run),
