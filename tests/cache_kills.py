@@ -2,7 +2,7 @@
 
     python cache_kills.py FOLDER MODEL TEXT KILLS SEED
 
-Each process is forked from this one, which has imported everything and started no thread. After
+Each process is forked from this one, which has imported everything by writing a cache itself. After
 every kill what the index names must be whole; whenever a process ends by itself, the folder must be
 the uninterrupted one byte for byte, and a new one is begun.
 """
@@ -13,16 +13,16 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import datasets  # noqa: F401
 import torch
-import transformers  # noqa: F401
 
-from mpsae.activations import CacheSource, load_language_model, read_index
+from mpsae.activations import CacheSource, read_index
 from mpsae.cli.main import main
 
 torch.set_num_threads(1)
@@ -32,14 +32,17 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def start(out, model, text):
+def cache(out, model, text):
     argv = ["cache", model, text, "--out", str(out), "--hookpoints", "layers.1", "layers.0.mlp"]
     argv += ["--context", "24", "--model_batch", "4", "--shard_tokens", "90", "--dtype", "fp32"]
+    with redirect_stdout(StringIO()):
+        return main(argv)
+
+
+def start(*arguments):
     child = os.fork()
     if child == 0:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os._exit(main(argv))
+        os._exit(cache(*arguments))
     return child
 
 
@@ -54,12 +57,14 @@ def check_whole(folder):
 
 def kill(folder, model, text, kills, seed):
     chance = random.Random(seed)
-    load_language_model(model)
     whole, out = folder / "whole", folder / "out"
-    started = time.monotonic()
-    assert os.waitpid(start(whole, model, text), 0)[1] == 0
-    taken, expected = time.monotonic() - started, contents(whole)
+    assert cache(whole, model, text) == 0  # in this process, so that the others start warm
     assert check_whole(whole) > 20
+    expected, started = contents(whole), time.monotonic()
+    assert os.waitpid(start(out, model, text), 0)[1] == 0
+    taken = time.monotonic() - started
+    assert contents(out) == expected
+    shutil.rmtree(out)
     killed, finished, seen = 0, 0, set()
     while killed < kills or not finished:
         child = start(out, model, text)

@@ -33,13 +33,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 HOOKPOINTS = ["layers.1", "layers.0.mlp", "layers.0.mlp:input"]
 
 
-def write(folder, loaded, path, *, hookpoints=HOOKPOINTS, dtype="fp32", model="llama", **options):
+def write(
+    folder, loaded, path, *, hookpoints=HOOKPOINTS, dtype="fp32", model="llama", shard_tokens=400,
+    **options,
+):  # fmt: skip
     """Cache a text with the tiny Llama, 8 sequences of 24 tokens a pass."""
     text = TextConfig(dataset=str(path), context=24)
     source = ModelSource(*loaded["llama"], hookpoints, text, model_batch=8)
     index = Index(
         model=str(model), hookpoints=source.widths(), dtype=dtype, model_batch=8,
-        shard_tokens=400, text=asdict(text),
+        shard_tokens=shard_tokens, text=asdict(text),
     )  # fmt: skip
     write_cache(folder, source, index, **options)
     return folder
@@ -131,15 +134,24 @@ def test_a_batch_comes_from_all_over_the_text_and_each_pass_in_another_order(cac
     assert place[tuple(first[-1].tolist())] != passes[0][0]
 
 
-@pytest.mark.parametrize("skip", [1, 30, 75])
-def test_skip_leaves_out_the_beginning_of_the_order(skip, cache):
-    source = CacheSource(cache)
-    whole = list(source.rows(0, source.size))
-    assert len(whole) > 80
-    rest = list(CacheSource(cache).rows(skip, source.size))
-    assert [r.lengths for r in rest] == [r.lengths for r in whole[skip:]]
-    for found, expected in zip(rest, whole[skip:], strict=True):
-        assert all(torch.equal(found.values[name], expected.values[name]) for name in HOOKPOINTS)
+@pytest.fixture(scope="module")
+def many(loaded, short_text, tmp_path_factory):
+    """A cache of more shards than are mixed at a time: each is of one pass, 8 sequences."""
+    folder = tmp_path_factory.mktemp("caches") / "many"
+    return write(folder, loaded, short_text, hookpoints=["layers.1"], shard_tokens=1)
+
+
+@pytest.mark.parametrize("skip", [0, 1, 63, 64, 70])
+def test_skip_leaves_out_the_beginning_of_the_order(skip, many):
+    source = CacheSource(many)
+    whole = [found.values["layers.1"] for found in source.rows(0, source.size)]
+    assert len(source.index.shards) > 12
+    assert len(whole) == source.size
+    assert torch.equal(sorted_rows(torch.cat(whole)), sorted_rows(in_order(many, "layers.1")))
+    rest = [found.values["layers.1"] for found in CacheSource(many).rows(skip, source.size)]
+    assert len(rest) == len(whole) - skip
+    for rows, same in zip(rest, whole[skip:], strict=True):
+        assert torch.equal(rows, same)
 
 
 @pytest.mark.parametrize("stop", [1, 6, 31, 90])
