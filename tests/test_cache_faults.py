@@ -98,13 +98,13 @@ def test_an_index_cut_short_is_damaged(share, copy):
         ({"hookpoints": ["layers.1"]}, "hookpoints must be dict"),
         ({"shards": {}}, "shards must be a list"),
         ({"shards": [7]}, "shard 0 must be an object, not 7"),
-        ({"shards": [{}]}, "bytes, name, rows, sequences, sha256 should not be missing"),
+        ({"shards": [{}]}, r"it lacks \['bytes', 'name', 'rows', 'sequences', 'sha256'\]"),
         ({"tokens": 5}, "its totals .* are not those of its shards"),
         ({"tokens": True}, "its totals .* are not those of its shards"),
-        ({"text": {}}, "should not be missing"),
+        ({"text": {}}, r"it lacks \['context', 'dataset'"),
         ({"ended": 1}, "ended must be bool, not 1"),
         ({"model_batch": -1}, r"model_batch must be from 0 to 2\*\*63, not -1"),
-        ({"more": 1}, "more should not be missing, or not be there"),
+        ({"more": 1}, r"it lacks \[\] and has \['more'\], unknown here"),
     ],
     ids=str,
 )
@@ -292,6 +292,29 @@ def test_a_full_disk_keeps_what_the_index_names(
         assert read_all(out) == read_index(out).tokens == tokens
     assert main(command) == 0
     assert contents(out) == contents(cache)
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_a_shard_before_the_index(
+    loaded, short_text, tmp_path, monkeypatch
+):
+    calls, sync, rename = [], os.fsync, os.replace
+
+    def fsync(descriptor):
+        calls.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        return sync(descriptor)
+
+    def replaced(source, target):
+        calls.append(("rename", Path(target).name))
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replaced)
+    folder = write(tmp_path / "cache", loaded, short_text, max_tokens=500)
+    expected = []
+    for name in ("index.json", "shard-00000.safetensors", "index.json"):
+        steps = [("sync", f".{name}.{os.getpid()}"), ("rename", name), ("sync", folder.name)]
+        expected += steps
+    assert calls == expected
 
 
 def test_what_does_not_fit_is_refused_before_the_model_is_loaded(argv, capsys, monkeypatch):

@@ -145,7 +145,7 @@ def _parse_index(written: Any) -> Index:
     if not isinstance(shards, list):
         raise ValueError(f"shards must be a list, not {shards!r}")
     _check_fields(Index, settings)
-    _check_fields(TextConfig, settings["text"])
+    _check_fields(TextConfig, settings["text"])  # an object, as the first check has seen
     checks.choice("dtype", settings["dtype"], list(DTYPES))
     for name, width in settings["hookpoints"].items():
         if type(width) is not int or width < 1:
@@ -169,12 +169,12 @@ def _parse_shard(number: int, shard: Any) -> Shard:
     return Shard(**shard)
 
 
-def _check_fields(kind: type, written: Any) -> None:
+def _check_fields(kind: type, written: dict[str, Any]) -> None:
     """Raise ValueError unless an object has exactly the fields of a dataclass, of their types."""
     hints = get_type_hints(kind)
-    wrong = sorted(set(hints) ^ set(written))
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)} should not be missing, or not be there")
+    missing, unknown = sorted(hints.keys() - written), sorted(written.keys() - hints)
+    if missing or unknown:
+        raise ValueError(f"it lacks {missing} and has {unknown}, unknown here")
     for name, hint in hints.items():
         value = written[name]
         kinds = get_args(hint) if isinstance(hint, UnionType) else (get_origin(hint) or hint,)
