@@ -13,6 +13,7 @@ import mpsae
 from mpsae.activations import BufferConfig, TextConfig
 from mpsae.cli.autointerp import AutointerpConfig
 from mpsae.cli.bench import BenchConfig
+from mpsae.cli.cache import CacheConfig
 from mpsae.cli.convert import ConvertConfig
 from mpsae.cli.demo import DemoConfig
 from mpsae.cli.eval import EvalConfig
@@ -240,8 +241,9 @@ def test_sae_settings_reach_the_sae(arguments, tmp_path, read_json):
 
 @pytest.mark.parametrize(
     ("command", "configs"),
-    [("train", [TrainConfig, TextConfig, BufferConfig]), ("eval", [EvalConfig]),
-     ("probe", [ProbeConfig]), ("latents", [LatentsConfig]), ("autointerp", [AutointerpConfig]),
+    [("cache", [CacheConfig, TextConfig]), ("train", [TrainConfig, TextConfig, BufferConfig]),
+     ("eval", [EvalConfig]), ("probe", [ProbeConfig]), ("latents", [LatentsConfig]),
+     ("autointerp", [AutointerpConfig]),
      ("report", [ReportConfig]), ("push", [PushConfig]),
      ("bench", [BenchConfig]), ("convert", [ConvertConfig]), ("demo", [DemoConfig])],
 )  # fmt: skip

@@ -14,6 +14,7 @@ from simple_parsing import ArgumentParser
 from mpsae import __version__
 
 _USAGE = {
+    "cache": "mpsae cache [MODEL [DATASET]] [options]",
     "train": "mpsae train [MODEL [DATASET]] [options]",
     "eval": "mpsae eval RUN... [options]",
     "probe": "mpsae probe RUN... [options]",
@@ -31,6 +32,7 @@ def _commands() -> dict[str, tuple[type, Callable[[Any], object]]]:
     from mpsae.cli import (
         autointerp,
         bench,
+        cache,
         convert,
         demo,
         eval,
@@ -42,6 +44,7 @@ def _commands() -> dict[str, tuple[type, Callable[[Any], object]]]:
     )
 
     return {
+        "cache": (cache.CacheConfig, cache.run),
         "train": (train.TrainConfig, train.run),
         "eval": (eval.EvalConfig, eval.run),
         "probe": (probe.ProbeConfig, probe.run),

@@ -276,7 +276,10 @@ def _check_topk_of_saelens(sae: SparseAutoencoder, written: Mapping[str, Any], p
 
 
 class renamed:  # noqa: N801 - reads as a verb where it is used
-    """Give a temporary path to write to, renamed to the real one if nothing was raised."""
+    """Give a temporary path to write to, renamed to the real one if nothing was raised.
+
+    All is on the disk when the context ends; a power cut leaves the old file or the new one.
+    """
 
     def __init__(self, path: Path):
         self.path, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}")
@@ -285,7 +288,20 @@ class renamed:  # noqa: N801 - reads as a verb where it is used
         return self.temporary
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        else:
+        try:
+            if kind is None:
+                _sync(self.temporary)
+                os.replace(self.temporary, self.path)
+                if os.name == "posix":  # elsewhere a folder cannot be opened
+                    _sync(self.path.parent)
+        finally:
             self.temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

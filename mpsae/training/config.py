@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from simple_parsing import field as option
 
 from mpsae import checks
-from mpsae.activations import BufferConfig, TextConfig
+from mpsae.activations import BufferConfig, TextConfig, read_index
 from mpsae.activations.model import EMBEDDED
 from mpsae.sae import (
     ARCHITECTURES,
@@ -23,6 +23,7 @@ from mpsae.sae.all_at_once import BeforePursuit
 from mpsae.training import optimizers
 from mpsae.training.optimizers import OptimizerName
 
+HOOKPOINT = "layers.2"
 Logger = Literal["wandb", "trackio", "tensorboard"]
 
 # what may change when a run is resumed
@@ -40,7 +41,7 @@ class TrainConfig:
     """Hub id or local folder of a transformers model; the embedded one by default."""
     dataset: str = option(default="stdlib", positional=True, nargs="?", metavar="DATASET")
     """Hub id, local file or folder, or stdlib: the source of Python's own library."""
-    hookpoints: list[str] = field(default_factory=lambda: ["layers.2"])
+    hookpoints: list[str] = field(default_factory=lambda: [HOOKPOINT])
     """Modules whose outputs are encoded (layers.2, layers.2.mlp; with :input their inputs)."""
     architecture: list[str] = field(default_factory=lambda: ["matching_pursuit"])
     """matching_pursuit, topk, batch_topk, matryoshka; transcoder, skip_transcoder, mp_transcoder
@@ -54,6 +55,9 @@ class TrainConfig:
     sae: list[str] = field(default_factory=list)
     """Further settings of the SAE as name=value, such as residual_threshold=2.5 or tied=false."""
 
+    cache: Path | None = None
+    """Folder of `mpsae cache` to read activations from, so that no model is run; model, dataset and
+    text are the cache's, and so are hookpoints by default where it has no layers.2."""
     max_tokens: int | None = None
     """Tokens to train on, the text being read again as needed; one pass by default."""
     batch_tokens: int | None = None
@@ -111,6 +115,8 @@ class TrainConfig:
         if self.dataset == "stdlib":
             self.dataset = self.text.dataset
         self.text.dataset = self.dataset
+        if self.cache is not None:
+            self._take_from_cache(Path(self.cache))
         if self.batch_tokens is None:
             self.batch_tokens = 2**11 if self.model == EMBEDDED else 2**16
         for name in ("k", "expansion_factor", "batch_tokens", "accumulate", "checkpoint_every",
@@ -182,6 +188,25 @@ class TrainConfig:
             if name in written:
                 written[name] = kind(**written[name])
         return cls(**written)
+
+    def _take_from_cache(self, folder: Path) -> None:
+        """Take what the cache was made with, where it is left at the default here."""
+        self.cache, index = folder, read_index(folder)
+        own = {"model": self.model} | asdict(self.text)
+        theirs = {"model": index.model} | index.text
+        defaults = {"model": EMBEDDED} | asdict(TextConfig())
+        for name, value in own.items():
+            if value not in (defaults[name], theirs[name]):
+                raise ValueError(
+                    f"{name}={value!r} is not that of the cache {folder}, which was made with "
+                    f"{theirs[name]!r}; it can be left out"
+                )
+        self.model, self.dataset, self.text = index.model, theirs["dataset"], index.text_config()
+        if self.hookpoints == [HOOKPOINT] and HOOKPOINT not in index.hookpoints:
+            self.hookpoints = list(index.hookpoints)
+            if any(is_transcoder(name) for name in self.architecture if name in ARCHITECTURES):
+                paired = [name for name in self.hookpoints if input_of(name) in index.hookpoints]
+                self.hookpoints = paired or self.hookpoints
 
     def _check_schedules(self) -> None:
         for name in ("k_decay_steps", "turn_on_mp_step"):

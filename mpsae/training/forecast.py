@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mpsae.activations import empty_model, widths
+from mpsae.activations import CacheSource, empty_model, widths
 from mpsae.benchmark import work
 from mpsae.benchmark.machine import measured_rates
 from mpsae.benchmark.work import Work
 from mpsae.plan import plan
 from mpsae.sae import MatchingPursuitConfig
-from mpsae.training.config import TrainConfig
+from mpsae.training.config import TrainConfig, input_of, is_transcoder
 
 _NUMBERS = 16  # bytes a parameter: weight, gradient, two moments
 
@@ -63,42 +63,48 @@ def forecast(config: TrainConfig, device: str) -> RunForecast:
     a product and bytes at the rate of a copy, both measured on this machine, so a run takes longer.
 
     Args:
-        config: of the run; the model's configuration is read, its weights are not.
+        config: of the run; the model's configuration is read, its weights are not, and with a
+            cache neither is.
         device: "cuda" or "cpu".
 
     Raises:
-        OSError: the model's configuration cannot be read.
+        OSError: the model's configuration or the cache cannot be read.
         ValueError: a hookpoint that the model does not have, or settings that do not fit.
     """
-    model = empty_model(config.model)
+    parameters = 0  # of the model; with a cache none is run
+    if config.cache is None:
+        model = empty_model(config.model)
+        parameters = sum(p.numel() for p in model.parameters())
+        features = widths(model, config.recorded)
+    else:
+        features = CacheSource(config.cache, config.recorded).widths()
     rates = measured_rates(torch.device(device))
     batch = config.batch_tokens or 1
-    jobs, buffer = [], 0
-    for hookpoint, d_in in widths(model, config.hookpoints).items():
-        buffer += 4 * d_in * config.buffer.buffer_tokens
+    jobs = []
+    for hookpoint in config.hookpoints:
         for architecture in config.architecture:
+            d_in = features[input_of(hookpoint) if is_transcoder(architecture) else hookpoint]
             with FakeTensorMode():
-                sae = config.make_sae(architecture, d_in)
-            parameters = sum(p.numel() for p in sae.parameters())
+                sae = config.make_sae(architecture, d_in, features[hookpoint])
+            own = sum(p.numel() for p in sae.parameters())
             cost, scratch = _step(sae.config, batch // config.accumulate, device)
-            seconds = config.accumulate * cost.bound(rates) + work.adam(parameters).bound(rates)
+            seconds = config.accumulate * cost.bound(rates) + work.adam(own).bound(rates)
             jobs.append(
                 Forecast(
                     f"{architecture}/{hookpoint}",
                     d_in,
                     sae.config.d_sae,
-                    parameters,
-                    _NUMBERS * parameters,
+                    own,
+                    _NUMBERS * own,
                     scratch,
                     seconds,
                 )
             )
-    parameters = sum(p.numel() for p in model.parameters())
     return RunForecast(
         jobs,
         parameters,
         4 * parameters,
-        buffer,
+        4 * sum(features.values()) * config.buffer.buffer_tokens,
         Work(2 * parameters * batch, 4 * parameters).bound(rates),
         None if config.max_tokens is None else config.max_tokens // batch,
         device,
@@ -126,9 +132,13 @@ def table(found: RunForecast) -> str:
             f"{job.name:<36}{job.d_in:>7}{job.d_sae:>9}{job.parameters:>15,}"
             f"{_size(job.weights_bytes + job.scratch_bytes):>11}{_time(job.step_seconds):>13}"
         )
-    lines.append(
+    model = (
         f"model: {found.model_parameters:,} parameters, {_size(found.model_bytes)}; "
-        f"{_time(found.model_seconds)} a step; buffer of activations: {_size(found.buffer_bytes)}"
+        f"{_time(found.model_seconds)} a step"
+    )
+    lines.append(
+        f"{model if found.model_parameters else 'no model: activations are read from a cache'}; "
+        f"buffer of activations: {_size(found.buffer_bytes)}"
     )
     total = f"in all: {_size(found.bytes)} on {found.device}, {_time(found.step_seconds)} a step"
     if found.steps is not None:

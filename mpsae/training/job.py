@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpsae.activations import record
+from mpsae.activations import Source
 from mpsae.sae import SparseAutoencoder, Transcoder
 from mpsae.training.config import TrainConfig, input_of, is_transcoder
 from mpsae.training.optimizers import make_optimizer
@@ -40,22 +39,18 @@ class Job:
         return rows.tensor_split([self.sae.config.d_in], dim=1)
 
 
-def make_jobs(config: TrainConfig, model: Any) -> list[Job]:
-    """Make every SAE of a run, untrained, and its optimiser, on the model's device."""
-    probe = torch.zeros(1, 2, dtype=torch.int64)
-    widths = {
-        name: rows.shape[-1]
-        for name, rows in record(model, config.recorded, probe, torch.ones_like(probe)).items()
-    }
+def make_jobs(config: TrainConfig, source: Source) -> list[Job]:
+    """Make every SAE of a run, untrained, and its optimiser, on the device of the rows."""
+    widths, device = source.widths(), source.device
     jobs = []
     for architecture in config.architecture:
         for hookpoint in config.hookpoints:
             maps = is_transcoder(architecture)
             d_in = widths[input_of(hookpoint) if maps else hookpoint]
-            sae = config.make_sae(architecture, d_in, widths[hookpoint]).to(model.device)
+            sae = config.make_sae(architecture, d_in, widths[hookpoint]).to(device)
             sae.metadata = config.metadata(hookpoint)
             # one pass over weights, gradient and moments in place of ten
-            fused = model.device.type in ("cpu", "cuda")
+            fused = device.type in ("cpu", "cuda")
             optimizer = make_optimizer(config.optimizer, sae.parameters(), config.lr, fused=fused)
             sae.constrain(optimizer)
             name = f"{architecture}/{hookpoint.replace(':', '_')}"

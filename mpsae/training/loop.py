@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mpsae.activations import ActivationStream, load_language_model
+from mpsae.activations import ShuffledStream
 from mpsae.sae import SparseAutoencoder
 from mpsae.training import state
 from mpsae.training.config import TrainConfig
@@ -20,6 +20,7 @@ from mpsae.training.interrupt import Interrupt
 from mpsae.training.job import Job, make_jobs
 from mpsae.training.logging import MetricsLog
 from mpsae.training.step import take_step
+from mpsae.training.stream import open_stream
 
 
 def pick_device(device: str) -> str:
@@ -67,18 +68,7 @@ def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> l
     if config.resume and not existing:
         raise ValueError(f"nothing to resume: no checkpoint in {config.out}")
     device = pick_device(config.device)
-    if model is None:
-        model, tokenizer = load_language_model(config.model, device=device)
-    stream = ActivationStream(
-        model,
-        tokenizer,
-        config.recorded,
-        config.text,
-        config.buffer,
-        batch=config.batch_tokens or 1,
-        seed=config.seed,
-        repeat=config.max_tokens is not None,
-    )
+    stream = open_stream(config, device, model, tokenizer)
     run = _Run(config, stream)
     if existing:
         config.check_resumed(config.out / "config.json")
@@ -91,9 +81,9 @@ def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> l
 class _Run:
     """State of one call of :func:`train`."""
 
-    def __init__(self, config: TrainConfig, stream: ActivationStream):
+    def __init__(self, config: TrainConfig, stream: ShuffledStream):
         self.config, self.stream = config, stream
-        self.jobs = make_jobs(config, stream.model)
+        self.jobs = make_jobs(config, stream.source)
         self.step = self.tokens = 0
         limit, batch = config.max_tokens, config.batch_tokens or 1
         self.steps = None if limit is None else limit // batch

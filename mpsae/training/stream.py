@@ -1,0 +1,45 @@
+"""Where a run's activations come from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpsae.activations import CacheSource, ModelSource, ShuffledStream, Source, load_language_model
+from mpsae.training.config import TrainConfig
+
+
+def open_stream(
+    config: TrainConfig, device: str, model: Any = None, tokenizer: Any = None
+) -> ShuffledStream:
+    """Open the cache that a run reads, or load its model.
+
+    Args:
+        config: of the run.
+        device: where the rows are to be.
+        model, tokenizer: of transformers, in place of those that ``config.model`` names.
+
+    Raises:
+        OSError: model, dataset or cache cannot be read.
+        ValueError: a hookpoint or text that cannot be used.
+    """
+    source: Source
+    if config.cache is not None:
+        source = CacheSource(config.cache, config.recorded, seed=config.seed, device=device)
+    else:
+        if model is None:
+            model, tokenizer = load_language_model(config.model, device=device)
+        source = ModelSource(
+            model,
+            tokenizer,
+            config.recorded,
+            config.text,
+            model_batch=config.buffer.model_batch,
+            check_finite=config.buffer.check_finite,
+        )
+    return ShuffledStream(
+        source,
+        buffer_tokens=config.buffer.buffer_tokens,
+        batch=config.batch_tokens or 1,
+        seed=config.seed,
+        repeat=config.max_tokens is not None,
+    )
