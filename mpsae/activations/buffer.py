@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ from mpsae import checks
 from mpsae.activations.model import check_context, record, resolve_hookpoint
 from mpsae.activations.stdlib_text import Split
 from mpsae.activations.text import Sequences, TextConfig, sequences
+
+Told = Callable[[str, str | None], None]
+"""Called for each hookpoint of a pass of the model, with what is wrong with its rows, or none."""
 
 
 @dataclass(kw_only=True)
@@ -59,6 +62,7 @@ class ActivationStream:
             not reach; NaN or Inf in activations; a text without a single token.
 
     Notes:
+        Where ``told`` is set, rows with NaN or Inf are left out, and it is told of them.
         :meth:`state_dict` between two batches, loaded into a new stream of the same arguments, goes
         on with exactly the batches that were to come.
     """
@@ -89,6 +93,7 @@ class ActivationStream:
         self.model, self.tokenizer, self.hookpoints = model, tokenizer, list(hookpoints)
         self.text, self.buffer, self.batch, self.side = text, buffer, batch, side
         self.repeat = repeat
+        self.told: Told | None = None
         self.sequences_read = skip
         self.generator = torch.Generator().manual_seed(seed)
         self._pass_read = skip  # sequences of the present pass over the text
@@ -180,7 +185,34 @@ class ActivationStream:
         found = record(self.model, self.hookpoints, batch.ids, batch.attention)
         rows = {name: found[name][batch.mask.to(found[name].device)].float() for name in found}
         if self.buffer.check_finite:
-            for name, values in rows.items():
-                number = self.sequences_read // self.buffer.model_batch
-                checks.finite_rows(values, f"hookpoint {name!r}, batch {number} of the model,")
+            number = self.sequences_read // self.buffer.model_batch
+            return finite_rows(rows, number, self.told)
         return rows
+
+
+def finite_rows(rows: dict[str, Tensor], number: int, told: Told | None) -> dict[str, Tensor]:
+    """Give the rows of a pass of the model that are finite at every hookpoint.
+
+    Args:
+        rows: ``[R, d]`` by hookpoint.
+        number: of the pass.
+        told: is called for every hookpoint with what is wrong with its rows, or none.
+
+    Raises:
+        ValueError: a row is not finite, and nobody is told.
+    """
+    wrong: dict[str, str | None] = dict.fromkeys(rows)
+    for name, values in rows.items():
+        try:
+            checks.finite_rows(values, f"hookpoint {name!r}, batch {number} of the model,")
+        except ValueError as error:
+            if told is None:
+                raise
+            wrong[name] = str(error)
+    if told is not None:
+        for name, said in wrong.items():
+            told(name, said)
+    if not any(wrong.values()):
+        return rows
+    finite = torch.stack([torch.isfinite(values).all(1) for values in rows.values()]).all(0)
+    return {name: values[finite] for name, values in rows.items()}

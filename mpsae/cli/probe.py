@@ -86,7 +86,7 @@ class _Sources:
     """Models, labelled texts, and the probed activations of the last hookpoint."""
 
     def __init__(self, config: ProbeConfig):
-        self.config, self._models = config, Models(config.device)
+        self.config, self._models = config, Models(config)
         self._texts: dict[tuple[str, str], tuple[AlignedText, Labels]] = {}
         self._last: tuple[Origin, Probed] | None = None
 

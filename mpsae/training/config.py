@@ -20,15 +20,19 @@ from mpsae.sae import (
     Transcoder,
 )
 from mpsae.sae.all_at_once import BeforePursuit
+from mpsae.sae.checkpoint import renamed
 from mpsae.training import optimizers
 from mpsae.training.optimizers import OptimizerName
 
 Logger = Literal["wandb", "trackio", "tensorboard"]
+OnNonfinite = Literal["stop", "skip"]
+OnDivergence = Literal["warn", "stop"]
 
 # what may change when a run is resumed
 _FREE = {
     "max_tokens", "accumulate", "device", "autocast", "out", "resume", "checkpoint_every",
-    "log_every", "logger", "dry_run", "config",
+    "log_every", "logger", "dry_run", "config", "keep_checkpoints", "on_nonfinite",
+    "on_divergence", "trust_remote_code",
 }  # fmt: skip
 
 
@@ -82,6 +86,8 @@ class TrainConfig:
     """bf16 autocast; on a GPU by default."""
     device: str = "auto"
     """cuda, cpu, or auto: a GPU where there is one."""
+    trust_remote_code: bool = False
+    """Run the code that a model's own repository brings."""
     seed: int = 0
     """Of dictionary and shuffling."""
 
@@ -94,7 +100,13 @@ class TrainConfig:
     config: Path | None = None
     """JSON file of settings, such as a run's config.json; those on the command line win."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints, of which the last two are kept."""
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep, the newest ones."""
+    on_nonfinite: OnNonfinite = "stop"
+    """At NaN or Inf: stop, or skip what has it (rows of activations, an SAE's step) and go on."""
+    on_divergence: OnDivergence = "warn"
+    """When atoms explode or nine tenths of the latents are dead: warn, or stop."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     logger: Logger | None = None
@@ -111,7 +123,7 @@ class TrainConfig:
         if self.batch_tokens is None:
             self.batch_tokens = 2**11 if self.model == EMBEDDED else 2**16
         for name in ("k", "expansion_factor", "batch_tokens", "accumulate", "checkpoint_every",
-                     "log_every"):  # fmt: skip
+                     "log_every", "keep_checkpoints"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_tokens is not None and self.max_tokens < self.batch_tokens:
@@ -134,6 +146,8 @@ class TrainConfig:
             raise ValueError(f"lr must be above 0, not {self.lr}")
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction must be in [0, 1], not {self.decay_fraction}")
+        checks.choice("on_nonfinite", self.on_nonfinite, get_args(OnNonfinite))
+        checks.choice("on_divergence", self.on_divergence, get_args(OnDivergence))
         if self.logger not in (None, *get_args(Logger)):
             raise ValueError(f"logger must be one of {', '.join(get_args(Logger))}")
         for name in self.architecture:
@@ -172,9 +186,12 @@ class TrainConfig:
         known = {"": cls} | parts
         for name, kind in known.items():
             given = written.get(name, {}) if name else written
+            if not isinstance(given, dict):
+                raise ValueError(f"{path} must hold an object of settings {name}, not {given!r}")
             unknown = set(given) - {f.name for f in fields(kind)}
             if unknown:
                 raise ValueError(f"{path} has unknown settings: {', '.join(sorted(unknown))}")
+            checks.types(kind, {n: v for n, v in given.items() if n not in parts}, str(path))
         for name, kind in parts.items():
             if name in written:
                 written[name] = kind(**written[name])
@@ -279,7 +296,8 @@ class TrainConfig:
 
     def save(self, path: Path) -> None:
         """Write the settings as JSON."""
-        path.write_text(json.dumps(self.as_json(), indent=2) + "\n")
+        with renamed(path) as temporary:
+            temporary.write_text(json.dumps(self.as_json(), indent=2) + "\n")
 
     def check_resumed(self, path: Path) -> None:
         """Compare with the settings that a run was started with.

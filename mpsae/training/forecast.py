@@ -70,7 +70,7 @@ def forecast(config: TrainConfig, device: str) -> RunForecast:
         OSError: the model's configuration cannot be read.
         ValueError: a hookpoint that the model does not have, or settings that do not fit.
     """
-    model = empty_model(config.model)
+    model = empty_model(config.model, trust_remote_code=config.trust_remote_code)
     rates = measured_rates(torch.device(device))
     batch = config.batch_tokens or 1
     jobs, buffer = [], 0
