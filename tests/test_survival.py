@@ -60,7 +60,7 @@ def test_a_run_killed_at_a_random_moment_ends_as_if_it_never_was(
     finish(survivor, tmp_path / "run", whole)
 
 
-@pytest.mark.slow  # half a minute
+@pytest.mark.slow  # 20 s
 def test_a_run_killed_twenty_times_ends_as_if_it_never_was(survivor, tmp_path):
     longer = ["--max_tokens", str(400 * 64), "--checkpoint_every", "7"]
     said = survivor.train(tmp_path / "whole", *longer)
@@ -82,7 +82,7 @@ def test_a_run_that_dies_as_it_touches_a_file_ends_as_if_it_never_was(
         finish(survivor, out, whole)
 
 
-@pytest.mark.slow  # two minutes
+@pytest.mark.slow  # 25 s
 def test_a_run_that_dies_at_any_touch_of_a_file_ends_as_if_it_never_was(
     survivor, finished, whole, tmp_path
 ):

@@ -105,7 +105,8 @@ def _empty(cls: type[SparseAutoencoder], config: SAEConfig, path: Path) -> Spars
         with torch.device("meta"):
             return cls(config)
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond 64 bits
-        raise ValueError(f"no {cls.architecture} SAE can be as {path} says ({error})") from error
+        first = str(error).splitlines()[0]
+        raise ValueError(f"no {cls.architecture} SAE can be as {path} says ({first})") from error
 
 
 def load_weights(
@@ -190,7 +191,7 @@ def read_json(path: Path) -> dict[str, Any]:
         written = json.loads(path.read_text())
     except FileNotFoundError:
         raise OSError(f"no {path.name} in {path.parent}; is it the folder of an SAE?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no text, or nested without end
         raise OSError(f"{path} is cut short or damaged ({error})") from error
     if not isinstance(written, dict):
         raise ValueError(f"{path} must hold an object, not {written!r}")

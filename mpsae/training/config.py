@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -20,7 +21,7 @@ from mpsae.sae import (
     Transcoder,
 )
 from mpsae.sae.all_at_once import BeforePursuit
-from mpsae.sae.checkpoint import renamed
+from mpsae.sae.checkpoint import read_json, renamed
 from mpsae.training import optimizers
 from mpsae.training.optimizers import OptimizerName
 
@@ -140,10 +141,10 @@ class TrainConfig:
             named = getattr(self, name)
             if not named or len(set(named)) < len(named):
                 raise ValueError(f"{name} must name at least one, and none twice, not {named}")
-        if self.clip_grad_norm < 0:
+        if not self.clip_grad_norm >= 0:
             raise ValueError(f"clip_grad_norm must be at least 0, not {self.clip_grad_norm}")
-        if self.lr <= 0:
-            raise ValueError(f"lr must be above 0, not {self.lr}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be above 0 and finite, not {self.lr}")
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction must be in [0, 1], not {self.decay_fraction}")
         checks.choice("on_nonfinite", self.on_nonfinite, get_args(OnNonfinite))
@@ -176,12 +177,7 @@ class TrainConfig:
             OSError: the file cannot be read.
             ValueError: it is no object, or has settings that are unknown.
         """
-        try:
-            written = json.loads(path.read_text())
-        except ValueError as error:
-            raise OSError(f"{path} is cut short or damaged ({error})") from error
-        if not isinstance(written, dict):
-            raise ValueError(f"{path} must hold an object of settings, not {written!r}")
+        written = read_json(path)
         parts = {"text": TextConfig, "buffer": BufferConfig}
         known = {"": cls} | parts
         for name, kind in known.items():
@@ -306,10 +302,7 @@ class TrainConfig:
             OSError: the file cannot be read.
             ValueError: a setting differs that a run cannot change on its way.
         """
-        try:
-            before = json.loads(path.read_text())
-        except ValueError as error:
-            raise OSError(f"{path} is cut short or damaged ({error})") from error
+        before = read_json(path)
         now = self.as_json()
         before = {f.name: f.default for f in fields(self)} | before  # settings newer than the run
         for name in now.keys() - _FREE:

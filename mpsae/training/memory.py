@@ -40,7 +40,7 @@ def check(config: TrainConfig, widths: Mapping[str, int], device: torch.device) 
                 with torch.device("meta"):
                     sae = config.make_sae(architecture, d_in, d_out)
             except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond 64 bits
-                raise ValueError(f"{what} is more than any memory holds ({error})") from error
+                raise ValueError(f"{what} is more than any memory holds") from error
             needs[what] = 8 * sum(p.numel() for p in sae.parameters())
     for what, need in needs.items():
         if need > free:
