@@ -190,7 +190,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         written = json.loads(path.read_text())
     except FileNotFoundError:
-        raise OSError(f"no {path.name} in {path.parent}; is it the folder of an SAE?") from None
+        hint = "; is it the folder of an SAE?" if path.name == CONFIG_FILE else ""
+        raise OSError(f"no {path.name} in {path.parent}{hint}") from None
     except (ValueError, RecursionError) as error:  # no JSON, no text, or nested without end
         raise OSError(f"{path} is cut short or damaged ({error})") from error
     if not isinstance(written, dict):
