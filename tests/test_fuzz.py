@@ -134,6 +134,16 @@ def test_an_sae_larger_than_its_file_takes_no_memory(d_sae, saved, tmp_path):
         SparseAutoencoder.from_pretrained(tmp_path / "sae")
 
 
+def test_a_setting_of_another_type_is_named(saved, tmp_path):
+    shutil.copytree(saved["matching_pursuit"], tmp_path / "sae")
+    path = tmp_path / "sae" / "cfg.json"
+    written = json.loads(path.read_text())
+    written["metadata"]["mpsae"]["config"]["tied"] = "false"  # true, as Python has it
+    path.write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="has tied='false', which is not bool"):
+        SparseAutoencoder.from_pretrained(tmp_path / "sae")
+
+
 # checkpoints
 
 

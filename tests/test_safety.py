@@ -11,7 +11,7 @@ from mpsae.cli.main import main
 from mpsae.cli.saes import Models, SAEsConfig
 
 ROOT = Path(__file__).parent.parent / "mpsae"
-PATHS = sorted(p for p in ROOT.rglob("*.py"))
+PATHS = sorted(ROOT.rglob("*.py"))
 UNPICKLE = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
 
 
@@ -61,6 +61,13 @@ def test_the_code_of_a_model_is_run_only_when_asked(foreign, tmp_path, monkeypat
         load_language_model(folder, trust_remote_code=True)
     assert mark.exists()
     mark.unlink()
+    # a type that transformers knows is loaded as its own class
+    known = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8}
+    known["auto_map"] = {"AutoModelForCausalLM": "code_of_it.It"}
+    (folder / "config.json").write_text(json.dumps(known))
+    with pytest.raises(OSError, match="cannot load the model"):
+        load_language_model(folder)
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("trust", [False, True])
