@@ -63,7 +63,8 @@ def test_the_code_of_a_model_is_run_only_when_asked(foreign, tmp_path, monkeypat
     mark.unlink()
     # a type that transformers knows is loaded as its own class
     known = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8}
-    known["auto_map"] = {"AutoModelForCausalLM": "code_of_it.It"}
+    known["auto_map"] = {"AutoModelForCausalLM": "more_of_it.It"}
+    (folder / "code_of_it.py").rename(folder / "more_of_it.py")  # else it is imported already
     (folder / "config.json").write_text(json.dumps(known))
     with pytest.raises(OSError, match="cannot load the model"):
         load_language_model(folder)
