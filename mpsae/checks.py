@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import types as python_types
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -16,6 +19,28 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Raise ValueError unless the value is one of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def types(cls: type, values: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError unless values read from JSON are of the types of a dataclass's fields."""
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        if not _is_of(value, hints[name]):
+            wanted = getattr(hints[name], "__name__", str(hints[name]))
+            raise ValueError(f"{where} has {name}={value!r}, which is not {wanted}")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, python_types.UnionType):
+        return any(_is_of(value, kind) for kind in inner)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin is not None:
+        return isinstance(value, (list, tuple)) and all(_is_of(v, inner[0]) for v in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, (str, Path) if hint is Path else hint)
 
 
 def operands(

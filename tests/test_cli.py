@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -151,6 +152,24 @@ def test_eval_names_later_hookpoints_and_shows_what_it_cannot_write(
     assert "mpsae: not written: " in err
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_with_its_status(number, status, arguments, tmp_path, capsys, monkeypatch):
+    real = loop.take_step
+
+    def take_step(*given, **known):
+        os.kill(os.getpid(), number)
+        return real(*given, **known)
+
+    monkeypatch.setattr(loop, "take_step", take_step)
+    argv = arguments(
+        "llama", "--out", str(tmp_path), hookpoints=["layers.1"], architecture=["topk"]
+    )
+    assert main(argv) == status
+    folder = tmp_path / "checkpoint-1"
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"stopped by {number.name}; go on with --resume from {folder}"
+
+
 def test_eval_of_an_unfinished_run_takes_its_newest_checkpoint(
     arguments, tmp_path, capsys, monkeypatch
 ):
@@ -167,8 +186,6 @@ def test_eval_of_an_unfinished_run_takes_its_newest_checkpoint(
         argv = arguments("llama", "--out", str(out), hookpoints=["layers.1"])
         assert main(argv) == 130
     shutil.copytree(out / "checkpoint-8", out / ".checkpoint-12.4711")
-    shutil.copytree(out / "checkpoint-8", out / "checkpoint-12")
-    (out / "checkpoint-12" / "progress.json").unlink()
     expected = [out / "checkpoint-8" / a / "layers.1" for a in ("matching_pursuit", "topk")]
     assert find_saes(out) == expected
     assert find_saes(out / "checkpoint-4") == [

@@ -99,7 +99,7 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     [
         ('{"kk": 1}', "has unknown settings: kk"),
         ('{"text": {"contexts": 1}}', "has unknown settings: contexts"),
-        ("[1]", "must hold an object of settings"),
+        ("[1]", "must hold an object, not [1]"),
         ('{"k": ', "is cut short or damaged"),
         ('{"k": 0}', "k must be at least 1, not 0"),
     ],

@@ -1,5 +1,7 @@
+import itertools
 import json
 import os
+import random
 import shutil
 import signal
 from dataclasses import replace as changed
@@ -11,6 +13,7 @@ from test_training import assert_same_state, lines_of, llama, make, short_text
 from mpsae.activations import BufferConfig, TextConfig
 from mpsae.activations import replace as replaced
 from mpsae.training import loop, state, train
+from mpsae.training.interrupt import Stopped
 
 __all__ = ["llama", "make", "short_text"]  # fixtures
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,51 +119,87 @@ def test_failing_write_leaves_no_half_checkpoint(make, llama, monkeypatch):
     assert names(config) == ["checkpoint-4", "config.json", "metrics.jsonl"]
 
 
-def test_half_written_checkpoints_are_passed_over_and_cleared(make, llama, untouched):
+def test_what_a_killed_run_was_writing_is_cleared(make, llama, untouched):
     config = make(architecture=BOTH)
     kill(config, 6, llama)
     good = config.out / "checkpoint-4"
     shutil.copytree(good, config.out / ".checkpoint-8.4711")
-    shutil.copytree(good, config.out / "checkpoint-8")
-    (config.out / "checkpoint-8" / "progress.json").unlink()
+    shutil.copytree(good, config.out / "checkpoint-of-mine")
+    (config.out / ".metrics.jsonl.4711").write_text("half")
+    (config.out / ".mine.4711").write_text("kept")
     assert state.checkpoints(config.out) == [good]
     assert_same_state(train(changed(config, resume=True), **llama), untouched[0])
-    assert not list(config.out.glob(".checkpoint-*"))
+    assert [p.name for p in config.out.glob(".*")] == [".mine.4711"]
+    assert (config.out / "checkpoint-of-mine").exists()
+
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
 @pytest.mark.parametrize("step", [3, 6])
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_interrupt_ends_with_a_checkpoint_of_a_whole_step(
-    step, make, llama, untouched, monkeypatch, capsys
+    number, step, make, llama, untouched, monkeypatch, capsys
 ):
     real = loop.take_step
 
-    def take_step(config, job, rows, number, **known):
-        if number + 1 == step and job.name.startswith(config.architecture[0]):
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(config, job, rows, number, **known)
+    def take_step(config, job, rows, taken, **known):
+        if taken + 1 == step and job.name.startswith(config.architecture[0]):
+            os.kill(os.getpid(), number)
+        return real(config, job, rows, taken, **known)
 
     config = make(architecture=BOTH)
-    before = signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(n) for n in SIGNALS]
     with monkeypatch.context() as patch:
         patch.setattr(loop, "take_step", take_step)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Stopped) as stopped:
             train(config, **llama)
-    assert signal.getsignal(signal.SIGINT) is before
-    assert f"--resume from {config.out / f'checkpoint-{step}'}" in capsys.readouterr().err
+    assert stopped.value.signal == number
+    assert [signal.getsignal(n) for n in SIGNALS] == before
+    folder = config.out / f"checkpoint-{step}"
+    said = f"stopped by {number.name}; go on with --resume from {folder}"
+    assert capsys.readouterr().err.splitlines()[-1] == said
     assert_same_state(train(changed(config, resume=True), **llama), untouched[0])
 
 
-def test_second_interrupt_stops_at_once_without_a_torn_checkpoint(make, llama, monkeypatch):
+@pytest.mark.parametrize("second", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("first", SIGNALS, ids=lambda number: number.name)
+def test_second_interrupt_stops_at_once_without_a_torn_checkpoint(
+    first, second, make, llama, monkeypatch
+):
     def take_step(*_, **known):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), first)
+        os.kill(os.getpid(), second)
         raise AssertionError("went on after two interrupts")
+
+    def stop(*_):
+        raise Killed
 
     config = make()
     monkeypatch.setattr(loop, "take_step", take_step)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, **llama)
+    before = [signal.signal(number, stop) for number in SIGNALS]
+    try:
+        with pytest.raises(Killed):
+            train(config, **llama)
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
     assert state.checkpoints(config.out) == []
+
+
+def test_a_signal_that_is_ignored_stays_ignored(make, llama, monkeypatch):
+    real = loop.take_step
+
+    def take_step(*arguments, **known):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, **known)
+
+    monkeypatch.setattr(loop, "take_step", take_step)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of a shell's background jobs
+    try:
+        assert train(make(max_tokens=128), **llama)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_activations_that_turn_nan_keep_the_checkpoint_and_the_run(make, llama, untouched):
@@ -168,7 +207,7 @@ def test_activations_that_turn_nan_keep_the_checkpoint_and_the_run(make, llama, 
 
     def spoil(x):
         passes.append(len(x))
-        return x * float("nan") if len(passes) == 7 else x  # the first one asks for the width
+        return x * float("nan") if len(passes) == 8 else x  # the first two ask for the width
 
     config = make(architecture=BOTH)
     with (
@@ -247,6 +286,35 @@ def test_damaged_checkpoint_names_the_file(file, make, llama):
     with pytest.raises(OSError, match=str(path)):
         train(changed(config, resume=True), **llama)
     path.unlink()
-    if path.name not in ("progress.json", "buffer.safetensors"):  # these are optional or decide
-        with pytest.raises(OSError, match=path.name):
-            train(changed(config, resume=True), **llama)
+    with pytest.raises(OSError, match=path.name):
+        train(changed(config, resume=True), **llama)
+
+
+def test_nothing_depends_on_the_global_generators(make, llama, untouched, monkeypatch):
+    """So their state need not be in a checkpoint."""
+    real, seeds = loop.take_step, iter(range(100))
+
+    def take_step(*arguments, **known):
+        seed = next(seeds)
+        torch.manual_seed(seed)
+        random.seed(seed)
+        before = torch.get_rng_state(), random.getstate()
+        found = real(*arguments, **known)
+        after = torch.get_rng_state(), random.getstate()
+        assert torch.equal(before[0], after[0])
+        assert before[1] == after[1]
+        return found
+
+    monkeypatch.setattr(loop, "take_step", take_step)
+    assert_same_state(train(make(architecture=BOTH), **llama), untouched[0])
+    assert train(make(out=make().out / "drops", sae=["atom_dropout=0.5"]), **llama)
+
+
+def test_rate_after_a_resume_is_of_what_was_done_since(make, llama, monkeypatch):
+    config = make()
+    now = itertools.count()
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(now))
+    kill(config, 7, llama)
+    (job,) = train(changed(config, resume=True), **llama)
+    assert [line["tokens_per_s"] for line in lines_of(config)] == [64.0] * 12
+    assert (job.tokens, job.seconds) == (8 * 64, 8)

@@ -22,7 +22,7 @@ from mpsae.activations.cache_files import (
     write_index,
     write_shard,
 )
-from mpsae.activations.source import ModelSource, Rows
+from mpsae.activations.source import ModelSource, Rows, Told
 
 _SHARDS_MIXED = 8
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -178,6 +178,7 @@ class CacheSource:
         self.folder, self.index = folder, read_index(folder)
         self.hookpoints = list(self.index.hookpoints if hookpoints is None else hookpoints)
         self.device, self.seed = torch.device(device), seed
+        self.told: Told | None = None  # has nothing to hear: only finite rows are written
         self.size = self.index.sequences
         self._checked: set[int] = set()
         for name in self.hookpoints:

@@ -25,6 +25,7 @@ def load_language_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Load a transformers model and its tokenizer.
 
@@ -32,6 +33,7 @@ def load_language_model(
         name: hub id, local folder, or ``"stdlib_lm"`` for the embedded model.
         device: where to put the model.
         dtype: of its weights.
+        trust_remote_code: run the code that its repository brings, where it brings any.
 
     Returns:
         The model in evaluation mode, without gradients (a causal one with its head, any other as
@@ -44,35 +46,41 @@ def load_language_model(
 
     path = embedded_model_path() if name == EMBEDDED else name
     try:
-        auto, _ = _kind(path)
+        auto, _ = _kind(path, trust_remote_code)
         version = int(transformers.__version__.split(".")[0])
         option = {"dtype" if version >= 5 else "torch_dtype": dtype}
-        model: Any = auto.from_pretrained(path, **option)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        trust = {"trust_remote_code": trust_remote_code}
+        model: Any = auto.from_pretrained(path, **option, **trust)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **trust)
     except Exception as error:
         raise _unreadable(name, error) from error
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
-def empty_model(name: str | Path = EMBEDDED) -> Any:
+def empty_model(name: str | Path = EMBEDDED, *, trust_remote_code: bool = False) -> Any:
     """Make a transformers model without its weights, on the meta device: shapes alone.
 
     Raises:
         OSError: its configuration cannot be reached or read.
     """
     try:
-        auto, config = _kind(embedded_model_path() if name == EMBEDDED else name)
+        path = embedded_model_path() if name == EMBEDDED else name
+        auto, config = _kind(path, trust_remote_code)
         with torch.device("meta"):
-            return auto.from_config(config).eval().requires_grad_(False)
+            return (
+                auto.from_config(config, trust_remote_code=trust_remote_code)
+                .eval()
+                .requires_grad_(False)
+            )
     except Exception as error:
         raise _unreadable(name, error) from error
 
 
-def _kind(path: str | Path) -> tuple[Any, Any]:
+def _kind(path: str | Path, trust_remote_code: bool) -> tuple[Any, Any]:
     """Read a model's configuration, and say which class of transformers loads it."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(path)
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     kinds = getattr(config, "architectures", None) or []
     causal = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
     return transformers.AutoModelForCausalLM if causal else transformers.AutoModel, config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,6 +12,9 @@ from mpsae import checks
 from mpsae.activations.model import check_context, record, resolve_hookpoint, widths
 from mpsae.activations.stdlib_text import Split
 from mpsae.activations.text import TextConfig, sequences
+
+Told = Callable[[str, str | None], None]
+"""Called for each hookpoint of a pass of the model, with what is wrong with its rows, or none."""
 
 
 class Rows(NamedTuple):
@@ -32,11 +35,13 @@ class Source(Protocol):
         hookpoints: which ones it gives.
         device: where the rows are.
         size: sequences in a pass, where the order of later passes depends on it; otherwise 0.
+        told: where it is set, rows with NaN or Inf are left out, and it is told of them.
     """
 
     hookpoints: list[str]
     device: torch.device
     size: int
+    told: Told | None
 
     def widths(self) -> dict[str, int]:
         """Give the number of features of each hookpoint."""
@@ -93,6 +98,7 @@ class ModelSource:
         self.text, self.side = text, side
         self.model_batch, self.check_finite = model_batch, check_finite
         self.device: torch.device = model.device
+        self.told: Told | None = None
 
     def widths(self) -> dict[str, int]:
         """Run the model on two tokens to see how many features each hookpoint passes on."""
@@ -105,13 +111,40 @@ class ModelSource:
         for part in sequences(self.tokenizer, self.text, self.side, batch=batch, skip=skip):
             found = record(self.model, self.hookpoints, part.ids, part.attention)
             values = {name: found[name][part.mask.to(found[name].device)].float() for name in found}
+            given = Rows(part.mask.sum(1).tolist(), values)
+            passed = passed or any(given.lengths)
             if self.check_finite:
-                for name, rows in values.items():
-                    what = f"hookpoint {name!r}, batch {read // batch} of the model,"
-                    checks.finite_rows(rows, what)
-            lengths = part.mask.sum(1).tolist()
-            read += len(lengths)
-            passed = passed or any(lengths)
-            yield Rows(lengths, values)
+                given = finite_rows(given, read // batch, self.told)
+            read += len(part.ids)
+            yield given
         if not passed and not skip:
             raise ValueError(f"no token of text on the {self.side} side of {self.text.dataset}")
+
+
+def finite_rows(rows: Rows, number: int, told: Told | None) -> Rows:
+    """Give the rows of a pass of the model that are finite at every hookpoint.
+
+    Args:
+        rows: of the pass.
+        number: of the pass.
+        told: is called for every hookpoint with what is wrong with its rows, or none.
+
+    Raises:
+        ValueError: a row is not finite, and nobody is told.
+    """
+    wrong: dict[str, str | None] = dict.fromkeys(rows.values)
+    for name, values in rows.values.items():
+        try:
+            checks.finite_rows(values, f"hookpoint {name!r}, batch {number} of the model,")
+        except ValueError as error:
+            if told is None:
+                raise
+            wrong[name] = str(error)
+    if told is not None:
+        for name, said in wrong.items():
+            told(name, said)
+    if not any(wrong.values()):
+        return rows
+    finite = torch.stack([torch.isfinite(values).all(1) for values in rows.values.values()]).all(0)
+    lengths = [int(part.sum()) for part in finite.split(rows.lengths)]
+    return Rows(lengths, {name: values[finite] for name, values in rows.values.items()})

@@ -39,7 +39,7 @@ def evaluate_folders(config: EvalConfig) -> dict[str, Evaluation]:
     """Measure every SAE of the runs, and write the result into its folder; results by folder."""
     if config.ito is None and config.ito_k is not None:
         raise ValueError(f"ito_k={config.ito_k} is for a pursuit that ito names")
-    models = Models(config.device)
+    models = Models(config)
     saes: dict[Path, SparseAutoencoder] = {}
     if config.ito is None:
         saes = dict(config.saes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,7 +70,7 @@ def _settings(arguments: Sequence[str]) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Run a command; the exit status: 0, 2 for bad input, 130 at Ctrl-C, 143 at SIGTERM."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = ArgumentParser(
         prog="mpsae", description="Matching-pursuit sparse autoencoders: train and judge them."
@@ -91,6 +92,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # messages of the packages underneath have several lines
         print(f"mpsae: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        return 128 + getattr(error, "signal", signal.SIGINT)
     return 0

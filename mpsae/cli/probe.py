@@ -110,7 +110,7 @@ class _Sources:
     """Models, labelled texts and prompts, and the probed activations of the last hookpoint."""
 
     def __init__(self, config: ProbeConfig):
-        self.config, self._models = config, Models(config.device)
+        self.config, self._models = config, Models(config)
         self._texts: dict[tuple[str, str], tuple[AlignedText, Labels]] = {}
         self._prompts: dict[tuple[str, bool], tuple[Prompts, float | None]] = {}
         self._last: tuple[Origin, Probed] | None = None

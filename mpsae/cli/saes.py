@@ -31,6 +31,8 @@ class SAEsConfig:
     """Dataset in place of the one that an SAE was trained on."""
     hookpoint: str | None = None
     """Hookpoint in place of the one that an SAE was trained on."""
+    trust_remote_code: bool = False
+    """Run the code that a model's own repository brings."""
 
     def folders(self) -> list[Path]:
         """Folders of all SAEs that are meant, each once."""
@@ -64,13 +66,15 @@ class SAEsConfig:
 class Models:
     """Language models with their tokenizers by name, each loaded once."""
 
-    def __init__(self, device: str):
-        self.device = pick_device(device)
+    def __init__(self, config: SAEsConfig):
+        self.device, self._trust = pick_device(config.device), config.trust_remote_code
         self._loaded: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> tuple[Any, Any]:
         if name not in self._loaded:
-            self._loaded[name] = load_language_model(name, device=self.device)
+            self._loaded[name] = load_language_model(
+                name, device=self.device, trust_remote_code=self._trust
+            )
         return self._loaded[name]
 
 

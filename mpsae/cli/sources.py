@@ -36,7 +36,7 @@ class SourceConfig(SAEsConfig):
 
 def sources(config: SourceConfig) -> Iterator[tuple[Path, Source, list[int]]]:
     """Open every SAE of the runs; its folder, source and the ids of the latents meant."""
-    models = Models(config.device)
+    models = Models(config)
     for folder, sae in config.saes():
         name, hookpoint, text = config.origin(folder, sae)
         model, tokenizer = models[name]

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mpsae
+from mpsae import checks
 from mpsae.checks import FLOATS
 from mpsae.sae.base import ARCHITECTURES, SAEConfig, SparseAutoencoder
 from mpsae.sae.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
@@ -66,7 +67,10 @@ def read_sae(folder: str | Path, device: str | torch.device = "cpu") -> SparseAu
     cls, config = _parse_config(written, folder / CONFIG_FILE)
     path = folder / WEIGHTS_FILE
     weights = read_tensors(path)
-    sae = cls(config).to(_dtype(written, folder / CONFIG_FILE))
+    dtype = _dtype(written, folder / CONFIG_FILE)
+    # the file has these sizes: nothing larger than it is made
+    check_weights(_empty(cls, config, folder / CONFIG_FILE), weights, path, _LAYOUT)
+    sae = cls(config).to(dtype)
     sae.metadata = dict(written.get("metadata") or {})
     if sae.metadata.pop("mpsae", None) and _VERSION.items() <= sae.metadata.items():
         del sae.metadata["sae_lens_version"]  # written again by write_sae
@@ -95,10 +99,30 @@ def stored_weights(sae: SparseAutoencoder, layout: Layout) -> dict[str, Tensor]:
     return stored
 
 
+def _empty(cls: type[SparseAutoencoder], config: SAEConfig, path: Path) -> SparseAutoencoder:
+    """Make an SAE on the meta device, which takes no memory."""
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond 64 bits
+        first = str(error).splitlines()[0]
+        raise ValueError(f"no {cls.architecture} SAE can be as {path} says ({first})") from error
+
+
 def load_weights(
     sae: SparseAutoencoder, weights: Mapping[str, Tensor], path: Path, layout: Layout
 ) -> None:
     """Copy a file's tensors into an SAE; ValueError unless they are exactly what it has."""
+    check_weights(sae, weights, path, layout)
+    for name, target in sae.state_dict().items():
+        stored = weights[layout.names.get(name, name)]
+        target.copy_(stored.mT if name in layout.transposed else stored)
+
+
+def check_weights(
+    sae: SparseAutoencoder, weights: Mapping[str, Tensor], path: Path, layout: Layout
+) -> None:
+    """Raise ValueError unless a file's tensors are exactly what an SAE has."""
     left = dict(weights)
     for name, target in sae.state_dict().items():
         named = layout.names.get(name, name)
@@ -111,7 +135,6 @@ def load_weights(
                 f"{named} in {path} gives {name} {list(stored.shape)}, "
                 f"but {layout.settings} says {list(target.shape)}"
             )
-        target.copy_(stored)
     if left:
         raise ValueError(f"{path} holds {', '.join(left)}, unknown to a {sae.architecture} SAE")
 
@@ -167,8 +190,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         written = json.loads(path.read_text())
     except FileNotFoundError:
-        raise OSError(f"no {path.name} in {path.parent}; is it the folder of an SAE?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        hint = "; is it the folder of an SAE?" if path.name == CONFIG_FILE else ""
+        raise OSError(f"no {path.name} in {path.parent}{hint}") from None
+    except (ValueError, RecursionError) as error:  # no JSON, no text, or nested without end
         raise OSError(f"{path} is cut short or damaged ({error})") from error
     if not isinstance(written, dict):
         raise ValueError(f"{path} must hold an object, not {written!r}")
@@ -207,8 +231,10 @@ def _parse_config(written: Mapping[str, Any], path: Path) -> tuple[type[SparseAu
     unknown = set(own["config"]) - known
     if unknown:
         raise ValueError(f"{path} has settings that are unknown here: {', '.join(sorted(unknown))}")
+    settings = own["config"] | _pursuit_of_saelens(written)
+    checks.types(cls.config_class, settings, str(path))
     try:
-        return cls, cls.config_class(**own["config"] | _pursuit_of_saelens(written))
+        return cls, cls.config_class(**settings)
     except TypeError as error:
         raise ValueError(f"{path} lacks settings of a {cls.architecture} SAE: {error}") from error
 
@@ -231,12 +257,14 @@ def _from_saelens(
             raise ValueError(f"{path} has {name}={written[name]!r}; only 'none' is read")
     sizes = {"d_in": written["d_in"], "d_sae": written["d_sae"], "normalize_atoms": False}
     if architecture == "topk":
+        checks.types(TopKConfig, sizes | {"k": written["k"]}, str(path))
         return TopKSAE, TopKConfig(k=written["k"], **sizes)
     defaults = {
         "residual_threshold": 1e-2, "max_iterations": None, "stop_on_duplicate_support": True,
         "apply_b_dec_to_input": True,
     }  # fmt: skip
     own = _pursuit_of_saelens({**defaults, **written})
+    checks.types(MatchingPursuitConfig, own | sizes, str(path))
     return MatchingPursuitSAE, MatchingPursuitConfig(**own, **sizes)
 
 
@@ -290,16 +318,17 @@ class renamed:  # noqa: N801 - reads as a verb where it is used
     def __exit__(self, kind: object, *_: object) -> None:
         try:
             if kind is None:
-                _sync(self.temporary)
+                sync(self.temporary)
                 os.replace(self.temporary, self.path)
-                if os.name == "posix":  # elsewhere a folder cannot be opened
-                    _sync(self.path.parent)
+                sync(self.path.parent)
         finally:
             self.temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name != "posix":  # where a folder cannot be opened
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -158,14 +158,17 @@ class ShardedMatchingPursuitSAE(MatchingPursuitSAE, registered=False):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        source: str | Path,
         device: str | torch.device = "cpu",
         group: dist.ProcessGroup | None = None,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
     ) -> Self:
         """Read a whole SAE on every rank's CPU and take this rank's share.
 
         Args:
-            folder: as :meth:`SparseAutoencoder.from_pretrained` takes it.
+            source, revision, subfolder: as :meth:`SparseAutoencoder.from_pretrained` takes them.
             device: where to put the share.
             group: as in the constructor.
 
@@ -174,7 +177,8 @@ class ShardedMatchingPursuitSAE(MatchingPursuitSAE, registered=False):
             ValueError: another architecture, or settings that are not for shares.
         """
         read: list[SparseAutoencoder] = []
-        together(lambda: read.append(SparseAutoencoder.from_pretrained(folder)), group)
+        given = {"revision": revision, "subfolder": subfolder}
+        together(lambda: read.append(SparseAutoencoder.from_pretrained(source, **given)), group)
         return cls.from_whole(read[0], group).to(device)  # type: ignore[return-value]
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -20,16 +21,20 @@ from mpsae.sae import (
     Transcoder,
 )
 from mpsae.sae.all_at_once import BeforePursuit
+from mpsae.sae.checkpoint import read_json, renamed
 from mpsae.training import optimizers
 from mpsae.training.optimizers import OptimizerName
 
 HOOKPOINT = "layers.2"
 Logger = Literal["wandb", "trackio", "tensorboard"]
+OnNonfinite = Literal["stop", "skip"]
+OnDivergence = Literal["warn", "stop"]
 
 # what may change when a run is resumed
 _FREE = {
     "max_tokens", "accumulate", "device", "autocast", "out", "resume", "checkpoint_every",
-    "log_every", "logger", "dry_run", "config", "push_to_hub",
+    "log_every", "logger", "dry_run", "config", "push_to_hub", "keep_checkpoints", "on_nonfinite",
+    "on_divergence", "trust_remote_code",
 }  # fmt: skip
 
 
@@ -86,6 +91,8 @@ class TrainConfig:
     """bf16 autocast; on a GPU by default."""
     device: str = "auto"
     """cuda, cpu, or auto: a GPU where there is one."""
+    trust_remote_code: bool = False
+    """Run the code that a model's own repository brings."""
     seed: int = 0
     """Of dictionary and shuffling."""
 
@@ -98,7 +105,13 @@ class TrainConfig:
     config: Path | None = None
     """JSON file of settings, such as a run's config.json; those on the command line win."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints, of which the last two are kept."""
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep, the newest ones."""
+    on_nonfinite: OnNonfinite = "stop"
+    """At NaN or Inf: stop, or skip what has it (rows of activations, an SAE's step) and go on."""
+    on_divergence: OnDivergence = "warn"
+    """When atoms explode or nine tenths of the latents are dead: warn, or stop."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     logger: Logger | None = None
@@ -120,7 +133,7 @@ class TrainConfig:
         if self.batch_tokens is None:
             self.batch_tokens = 2**11 if self.model == EMBEDDED else 2**16
         for name in ("k", "expansion_factor", "batch_tokens", "accumulate", "checkpoint_every",
-                     "log_every"):  # fmt: skip
+                     "log_every", "keep_checkpoints"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_tokens is not None and self.max_tokens < self.batch_tokens:
@@ -137,12 +150,14 @@ class TrainConfig:
             named = getattr(self, name)
             if not named or len(set(named)) < len(named):
                 raise ValueError(f"{name} must name at least one, and none twice, not {named}")
-        if self.clip_grad_norm < 0:
+        if not self.clip_grad_norm >= 0:
             raise ValueError(f"clip_grad_norm must be at least 0, not {self.clip_grad_norm}")
-        if self.lr <= 0:
-            raise ValueError(f"lr must be above 0, not {self.lr}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be above 0 and finite, not {self.lr}")
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction must be in [0, 1], not {self.decay_fraction}")
+        checks.choice("on_nonfinite", self.on_nonfinite, get_args(OnNonfinite))
+        checks.choice("on_divergence", self.on_divergence, get_args(OnDivergence))
         if self.logger not in (None, *get_args(Logger)):
             raise ValueError(f"logger must be one of {', '.join(get_args(Logger))}")
         for name in self.architecture:
@@ -171,19 +186,17 @@ class TrainConfig:
             OSError: the file cannot be read.
             ValueError: it is no object, or has settings that are unknown.
         """
-        try:
-            written = json.loads(path.read_text())
-        except ValueError as error:
-            raise OSError(f"{path} is cut short or damaged ({error})") from error
-        if not isinstance(written, dict):
-            raise ValueError(f"{path} must hold an object of settings, not {written!r}")
+        written = read_json(path)
         parts = {"text": TextConfig, "buffer": BufferConfig}
         known = {"": cls} | parts
         for name, kind in known.items():
             given = written.get(name, {}) if name else written
+            if not isinstance(given, dict):
+                raise ValueError(f"{path} must hold an object of settings {name}, not {given!r}")
             unknown = set(given) - {f.name for f in fields(kind)}
             if unknown:
                 raise ValueError(f"{path} has unknown settings: {', '.join(sorted(unknown))}")
+            checks.types(kind, {n: v for n, v in given.items() if n not in parts}, str(path))
         for name, kind in parts.items():
             if name in written:
                 written[name] = kind(**written[name])
@@ -307,7 +320,8 @@ class TrainConfig:
 
     def save(self, path: Path) -> None:
         """Write the settings as JSON."""
-        path.write_text(json.dumps(self.as_json(), indent=2) + "\n")
+        with renamed(path) as temporary:
+            temporary.write_text(json.dumps(self.as_json(), indent=2) + "\n")
 
     def check_resumed(self, path: Path) -> None:
         """Compare with the settings that a run was started with.
@@ -316,10 +330,7 @@ class TrainConfig:
             OSError: the file cannot be read.
             ValueError: a setting differs that a run cannot change on its way.
         """
-        try:
-            before = json.loads(path.read_text())
-        except ValueError as error:
-            raise OSError(f"{path} is cut short or damaged ({error})") from error
+        before = read_json(path)
         now = self.as_json()
         before = {f.name: f.default for f in fields(self)} | before  # settings newer than the run
         for name in now.keys() - _FREE:

@@ -73,7 +73,7 @@ def forecast(config: TrainConfig, device: str) -> RunForecast:
     """
     parameters = 0  # of the model; with a cache none is run
     if config.cache is None:
-        model = empty_model(config.model)
+        model = empty_model(config.model, trust_remote_code=config.trust_remote_code)
         parameters = sum(p.numel() for p in model.parameters())
         features = widths(model, config.recorded)
     else:

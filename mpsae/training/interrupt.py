@@ -1,4 +1,4 @@
-"""Ctrl-C in a run: a step is taken whole."""
+"""Ctrl-C and SIGTERM in a run: a step is taken whole."""
 
 from __future__ import annotations
 
@@ -6,22 +6,38 @@ import signal
 import threading
 from typing import Any
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """A run ended on a signal, with its checkpoint written."""
+
+    def __init__(self, signal: signal.Signals):
+        super().__init__(f"stopped by {signal.name}")
+        self.signal = signal
+
 
 class Interrupt:
-    """Remember the first Ctrl-C, so that a step is taken whole; the second one stops at once."""
+    """Remember the first SIGINT or SIGTERM, so that a step is taken whole; a second stops at once.
+
+    A signal that the process ignores stays ignored, and outside the main thread nothing is changed.
+    """
 
     def __init__(self) -> None:
-        self.seen = False
-        self.before: Any = None
+        self.seen: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGINT, self._remember)
+            for number in _SIGNALS:
+                # None: set by other than Python, and not to be set again
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._remember)
 
-    def _remember(self, *_: object) -> None:
-        self.seen = True
+    def _remember(self, number: int, _: object) -> None:
+        self.seen = signal.Signals(number)
         self.close()
 
     def close(self) -> None:
-        """Let the next Ctrl-C stop at once."""
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-            self.before = None
+        """Let the next signal do what it did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

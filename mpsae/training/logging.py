@@ -31,32 +31,49 @@ class MetricsLog:
         *,
         step: int = 0,
     ):
-        path = run / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if _step(line) <= step]
-        if kept != lines:
-            with renamed(path) as temporary:
-                temporary.write_text("".join(kept))
-        self.file = path.open("a")
+        self.path = run / "metrics.jsonl"
+        kept_lines(self.path, step)
         self.send, self.finish = _service(logger, run, settings)
 
     def write(self, name: str, step: int, metrics: dict[str, float]) -> None:
-        """Log the metrics of one SAE at one step."""
-        self.file.write(json.dumps({"name": name, "step": step} | metrics) + "\n")
-        self.file.flush()
+        """Log the metrics of one SAE at one step; OSError, naming the file, on a full disk."""
+        append(self.path, {"name": name, "step": step} | metrics)
         self.send({f"{name}/{key}": value for key, value in metrics.items()}, step)
 
     def close(self) -> None:
-        """Close file and service."""
-        self.file.close()
+        """Close the service."""
         self.finish()
 
 
-def _step(line: str) -> float:
+def append(path: Path, line: dict[str, Any]) -> None:
+    """Append an object as a line; OSError, naming the file, on a full disk."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:  # cut short when the run was killed
-        return float("inf")
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error})") from error
+
+
+def kept_lines(path: Path, step: int) -> list[dict[str, Any]]:
+    """Read the lines up to a step, and take the others out of the file.
+
+    So is a line that was cut short, by a kill or a full disk.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept, found = [], []
+    for line in lines:
+        try:
+            read = json.loads(line)
+            if not line.endswith(b"\n") or read["step"] > step:
+                continue
+        except (ValueError, KeyError, TypeError):
+            continue
+        kept.append(line)
+        found.append(read)
+    if kept != lines:
+        with renamed(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
+    return found
 
 
 def _service(

@@ -13,14 +13,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mpsae.activations import ShuffledStream
-from mpsae.sae import SparseAutoencoder
-from mpsae.training import state
+from mpsae.sae.checkpoint import renamed
+from mpsae.training import memory, state
 from mpsae.training.config import TrainConfig
-from mpsae.training.interrupt import Interrupt
+from mpsae.training.interrupt import Interrupt, Stopped
 from mpsae.training.job import Job, make_jobs
 from mpsae.training.logging import MetricsLog
-from mpsae.training.step import take_step
+from mpsae.training.step import NotFinite, take_step
 from mpsae.training.stream import open_stream
+from mpsae.training.watch import Watch
 
 
 def pick_device(device: str) -> str:
@@ -50,9 +51,12 @@ def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> l
 
     Raises:
         ValueError: a setting, hookpoint or text that cannot be used; NaN or Inf in activations or
-            loss, naming hookpoint and batch. The checkpoints written before are kept.
-        OSError: a model, dataset or checkpoint that cannot be read.
-        KeyboardInterrupt: after the step in progress, once its checkpoint is written.
+            loss, naming hookpoint and batch, unless these are skipped. The checkpoints written
+            before are kept.
+        OSError: a model, dataset or checkpoint that cannot be read; a full disk, naming the
+            checkpoint to go on from.
+        KeyboardInterrupt: at Ctrl-C or SIGTERM, after the step in progress, once its checkpoint is
+            written (:class:`Stopped`); at a second one, at once.
 
     Notes:
         A resumed run takes the same steps as one that was never stopped, bit for bit where the
@@ -69,11 +73,13 @@ def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> l
         raise ValueError(f"nothing to resume: no checkpoint in {config.out}")
     device = pick_device(config.device)
     stream = open_stream(config, device, model, tokenizer)
+    memory.check(config, stream.source.widths(), torch.device(device))
     run = _Run(config, stream)
     if existing:
         config.check_resumed(config.out / "config.json")
         run.load(existing[-1])
     config.out.mkdir(parents=True, exist_ok=True)
+    state.clear(config.out)
     config.save(config.out / "config.json")
     return run.go()
 
@@ -103,6 +109,11 @@ class _Run:
         bar = tqdm(
             total=self.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=None
         )
+        watch = self.watch = Watch(config, step=self.step)
+        if config.on_nonfinite == "skip":
+            self.stream.source.told = lambda hookpoint, said: watch.passed(
+                hookpoint, self.step + 1, said
+            )
         interrupt = Interrupt()
         try:
             for batch in self._batches():
@@ -116,8 +127,9 @@ class _Run:
                 if self.step % config.checkpoint_every == 0 or interrupt.seen:
                     folder = self._save(self.stream.state_dict())
                 if interrupt.seen:
-                    print(f"\ninterrupted; go on with --resume from {folder}", file=sys.stderr)
-                    raise KeyboardInterrupt
+                    stopped = Stopped(interrupt.seen)
+                    print(f"\n{stopped}; go on with --resume from {folder}", file=sys.stderr)
+                    raise stopped
         finally:
             interrupt.close()
             bar.close()
@@ -125,7 +137,8 @@ class _Run:
         self._save()
         for job in self.jobs:
             job.sae.eval().save_pretrained(config.out / job.name)
-        (config.out / "finished.json").write_text(f'{{"step": {self.step}}}\n')
+        with renamed(config.out / "finished.json") as temporary:
+            temporary.write_text(f'{{"step": {self.step}}}\n')
         return self.jobs
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
@@ -143,12 +156,19 @@ class _Run:
                 return
             yield batch
 
-    def _parts(self) -> dict[str, tuple[SparseAutoencoder, torch.optim.Optimizer]]:
+    def _parts(self) -> state.Parts:
         return {job.name: (job.sae, job.optimizer) for job in self.jobs}
 
     def _save(self, buffer: dict[str, Tensor] | None = None) -> Path:
         progress = {"tokens": self.tokens} | self.stream.progress()
-        return state.save_checkpoint(self.config.out, self.step, progress, self._parts(), buffer)
+        return state.save_checkpoint(
+            self.config.out,
+            self.step,
+            progress,
+            self._parts(),
+            buffer,
+            keep=self.config.keep_checkpoints,
+        )
 
     def _train_step(self, batch: dict[str, Tensor]) -> dict[str, dict[str, float]]:
         """Step every SAE; the metrics where this step is logged."""
@@ -157,9 +177,14 @@ class _Run:
         metrics = {}
         for job in self.jobs:
             started = time.perf_counter()
-            values = take_step(
-                self.config, job, job.rows(batch), self.step, steps=self.steps, logged=logged
-            )
+            try:
+                values = take_step(
+                    self.config, job, job.rows(batch), self.step, steps=self.steps, logged=logged
+                )
+            except NotFinite as error:
+                self.watch.not_taken(job, self.step + 1, error)
+                continue
+            self.watch.taken(job, self.step + 1, values)
             job.seconds += time.perf_counter() - started
             job.tokens += len(batch[job.hookpoint])
             if logged:

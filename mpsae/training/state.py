@@ -1,9 +1,15 @@
-"""Checkpoints of a run in progress: written whole or not at all, nothing pickled."""
+"""Checkpoints of a run in progress: whole or refused, nothing pickled.
+
+A checkpoint is written under a name that starts with a dot, sealed (see :mod:`checksums`), and
+renamed once the disk has it all; one that goes is renamed back before its files are removed. So a
+folder `checkpoint-<step>` never is half a checkpoint, whenever the process or the machine stops.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,78 +20,131 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpsae.sae import SparseAutoencoder
+from mpsae.sae.checkpoint import sync
+from mpsae.training import checksums
 
-KEPT = 2
+Parts = dict[str, tuple[SparseAutoencoder, torch.optim.Optimizer]]
+"""SAE and optimiser by name (a relative path)."""
+
 _STATE = "training_state.safetensors"
 _PROGRESS = "progress.json"
 _BUFFER = "buffer.safetensors"
+_NUMBERS = ("step", "tokens", "sequences_read", "sequences_of_pass")
+# what is being written: a checkpoint, or a file of mpsae.sae.checkpoint.renamed
+_UNFINISHED = re.compile(r"\.(checkpoint-\d+|.+\.(jsonl?|safetensors))\.\d+")
 
 
 def save_checkpoint(
     run: Path,
     step: int,
     progress: dict[str, Any],
-    parts: dict[str, tuple[SparseAutoencoder, torch.optim.Optimizer]],
+    parts: Parts,
     buffer: dict[str, Tensor] | None = None,
+    *,
+    keep: int = 2,
 ) -> Path:
-    """Write a checkpoint under a temporary name, rename it, and drop the oldest ones.
+    """Write a checkpoint, and then drop the oldest ones.
+
+    Where the step has one already, only its buffer is dropped, if none is given.
 
     Args:
         run: the run's folder.
         step: steps done.
         progress: JSON-able, what the loop needs to go on.
-        parts: SAE and optimiser by name (a relative path).
+        parts: what is trained.
         buffer: the stream's state, where the run has yet to go on.
+        keep: checkpoints to keep, at least 1.
 
     Returns:
         `run/checkpoint-<step>`.
+
+    Raises:
+        OSError: the disk is full or fails; the message says from which checkpoint the run can go
+            on. All former checkpoints are left, and nothing of this one.
     """
     final = run / f"checkpoint-{step}"
     temporary = run / f".checkpoint-{step}.{os.getpid()}"
-    for left in run.glob(".checkpoint-*"):  # of runs that were killed
-        shutil.rmtree(left, ignore_errors=True)
     try:
-        for name, (sae, optimizer) in parts.items():
-            folder = sae.save_pretrained(temporary / name)
-            tensors = {"rows_since_fired": sae.rows_since_fired.cpu()}
-            for number, state in optimizer.state_dict()["state"].items():
-                for key, value in state.items():
-                    tensors[f"{number}.{key}"] = torch.as_tensor(value).cpu().contiguous()
-            save_file(tensors, folder / _STATE)
-        if buffer is not None:
-            save_file(buffer, temporary / _BUFFER)
-        (temporary / _PROGRESS).write_text(json.dumps(progress | {"step": step}) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        clear(run)
+        for lines in run.glob("*.jsonl"):  # of the steps before come first
+            sync(lines)
+        if not final.exists():
+            _write(temporary, progress | {"step": step}, parts, buffer)
+            checksums.seal(temporary)
+            os.replace(temporary, final)
+            sync(run)
+        elif buffer is None:
+            _drop_buffer(final)
+    except (OSError, SafetensorError) as error:
+        former = [path for path in checkpoints(run) if path != final]
+        way = f"the run goes on with --resume from {former[-1]}" if former else "it is the first"
+        raise OSError(f"no checkpoint of step {step} could be written ({error}); {way}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in checkpoints(run)[:-KEPT]:
-        shutil.rmtree(old)
+    for old in checkpoints(run)[:-keep]:
+        leaving = run / f".{old.name}.{os.getpid()}"
+        os.replace(old, leaving)
+        shutil.rmtree(leaving)
     return final
+
+
+def _write(
+    folder: Path, progress: dict[str, Any], parts: Parts, buffer: dict[str, Tensor] | None
+) -> None:
+    for name, (sae, optimizer) in parts.items():
+        sae.save_pretrained(folder / name)
+        tensors = {"rows_since_fired": sae.rows_since_fired.cpu()}
+        for number, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                tensors[f"{number}.{key}"] = torch.as_tensor(value).cpu().contiguous()
+        save_file(tensors, folder / name / _STATE)
+    if buffer is not None:
+        save_file(buffer, folder / _BUFFER)
+    (folder / _PROGRESS).write_text(json.dumps(progress) + "\n")
+
+
+def _drop_buffer(folder: Path) -> None:
+    files = checksums.listed(folder)
+    if files.pop(_BUFFER, None) is not None:
+        checksums.write_list(folder, files)
+    (folder / _BUFFER).unlink(missing_ok=True)
+
+
+def clear(run: Path) -> None:
+    """Remove what runs that were killed had not finished writing."""
+    for left in [path for path in run.rglob(".*") if _UNFINISHED.fullmatch(path.name)]:
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def checkpoints(run: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
-    found = [p for p in run.glob("checkpoint-*") if (p / _PROGRESS).exists()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    found = [p for p in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=_step)
 
 
-def load_checkpoint(
-    folder: Path, parts: dict[str, tuple[SparseAutoencoder, torch.optim.Optimizer]]
-) -> dict[str, Any]:
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def load_checkpoint(folder: Path, parts: Parts) -> dict[str, Any]:
     """Load a checkpoint into SAEs and optimisers of the same settings.
 
     Returns:
         The progress that was saved, ``step`` included.
 
     Raises:
-        OSError: a file is missing, cut short or damaged.
+        OSError: a file is missing, cut short or altered; the message names it, and which checkpoint
+            before this one is whole.
         ValueError: it is of other SAEs than these.
     """
     try:
-        progress = json.loads((folder / _PROGRESS).read_text())
-    except ValueError as error:
-        raise OSError(f"{folder / _PROGRESS} is damaged ({error})") from error
+        checksums.verify(folder)
+    except OSError as error:
+        raise OSError(f"{error}; {_way_on(folder)}") from error
+    progress = _read_progress(folder / _PROGRESS)
     for name, (sae, optimizer) in parts.items():
         if not (folder / name).is_dir():
             raise ValueError(f"{folder} holds no {name}; was the run made with other settings?")
@@ -95,15 +154,55 @@ def load_checkpoint(
                 f"{folder / name} was trained as {stored.config}, but now asked for is {sae.config}"
             )
         sae.load_state_dict(stored.state_dict())
-        tensors = _load_tensors(folder / name / _STATE)
-        sae.rows_since_fired.copy_(tensors.pop("rows_since_fired"))
-        state: dict[int, dict[str, Any]] = {}
-        for key, tensor in tensors.items():
-            number, _, field = key.partition(".")
-            state.setdefault(int(number), {})[field] = tensor
-        whole = optimizer.state_dict()
-        optimizer.load_state_dict(whole | {"state": state})
+        _load_state(folder / name / _STATE, sae, optimizer)
     return progress
+
+
+def _way_on(damaged: Path) -> str:
+    """Say how to go on from the newest whole checkpoint before a damaged one."""
+    delete = [damaged]
+    for folder in reversed([p for p in checkpoints(damaged.parent) if _step(p) < _step(damaged)]):
+        try:
+            checksums.verify(folder)
+        except OSError:
+            delete.append(folder)
+            continue
+        names = " and ".join(map(str, delete))
+        return f"{folder.name} before it is whole: delete {names} and pass --resume again"
+    return "no checkpoint before it is whole: start anew in another --out"
+
+
+def _read_progress(path: Path) -> dict[str, Any]:
+    try:
+        progress = json.loads(path.read_text())
+        numbers = [progress[name] for name in _NUMBERS]
+    except OSError as error:
+        raise OSError(f"{path} is missing or cannot be read ({error})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} has other contents than expected ({error!r})") from error
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise ValueError(f"{path} must hold numbers of at least 0, not {progress}")
+    return progress
+
+
+def _load_state(path: Path, sae: SparseAutoencoder, optimizer: torch.optim.Optimizer) -> None:
+    """Load the counters of dead latents and an optimiser's state."""
+    tensors = _load_tensors(path)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    counters = tensors.pop("rows_since_fired", torch.empty(0))
+    if counters.shape != sae.rows_since_fired.shape or counters.dtype != torch.int64:
+        raise ValueError(f"{path} has no rows_since_fired of {len(sae.rows_since_fired)} latents")
+    state: dict[int, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        number, _, field = key.partition(".")
+        if not re.fullmatch("[0-9]{1,9}", number) or int(number) >= len(parameters):
+            raise ValueError(f"{path} holds {key!r}, of none of the {len(parameters)} parameters")
+        shape = parameters[int(number)].shape
+        if tensor.shape not in (shape, torch.Size()):
+            raise ValueError(f"{key} in {path} is {list(tensor.shape)}, not {list(shape)}")
+        state.setdefault(int(number), {})[field] = tensor
+    sae.rows_since_fired.copy_(counters)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def load_buffer(folder: Path) -> dict[str, Tensor] | None:
@@ -112,7 +211,7 @@ def load_buffer(folder: Path) -> dict[str, Tensor] | None:
     Raises:
         OSError: it is damaged.
     """
-    return _load_tensors(folder / _BUFFER) if (folder / _BUFFER).exists() else None
+    return _load_tensors(folder / _BUFFER) if _BUFFER in checksums.listed(folder) else None
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

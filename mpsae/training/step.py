@@ -15,6 +15,11 @@ from mpsae.sparse import l0
 from mpsae.training.config import TrainConfig
 from mpsae.training.job import Job
 
+
+class NotFinite(ValueError):
+    """A step's loss or gradient is not finite; the step was not taken."""
+
+
 _FVUS = ("reconstruction", "multi_topk")  # losses in units of the rows' variance
 
 
@@ -43,7 +48,7 @@ def take_step(
         Metrics where ``logged``, nothing otherwise.
 
     Raises:
-        ValueError: the gradient is not finite; the SAE is left as it was.
+        NotFinite: loss or gradient is not finite; SAE, optimiser and counters are as they were.
     """
     sae = job.sae.train()
     config.schedule(sae, step)
@@ -52,6 +57,8 @@ def take_step(
         group["lr"] = rate
     bf16 = rows.device.type != "cpu" if config.autocast is None else config.autocast
     sums: dict[str, float] = {}
+    losses_seen: list[Tensor] = []
+    counters = {name: buffer.clone() for name, buffer in sae.named_buffers()}
     parts = rows.chunk(config.accumulate)
     total = _variance(job.split(rows)[-1]) if len(parts) > 1 else None
     for number, part in enumerate(map(job.split, parts)):
@@ -68,7 +75,9 @@ def take_step(
             name: value * (of_variance if name in _FVUS else share)
             for name, value in output.losses.items()
         }
-        torch.stack(list(losses.values())).sum().backward()
+        loss = torch.stack(list(losses.values())).sum()
+        loss.backward()
+        losses_seen.append(loss.detach())
         if logged:
             seen = {name: value.item() for name, value in losses.items()}
             seen["fvu"] = of_variance * fvu(target, output.reconstruction).item()
@@ -78,17 +87,22 @@ def take_step(
                 sums[name] = sums.get(name, 0.0) + number
     limit = config.clip_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), limit)
-    if not math.isfinite(norm.item()):
-        raise ValueError(
-            f"gradient of {job.name} is {norm.item()} at step {step + 1} (hookpoint "
-            f"{job.hookpoint!r}); the SAE is left as it was, checkpoints are kept"
-        )
+    found = torch.stack([norm, torch.stack(losses_seen).sum().to(norm)]).tolist()  # one wait
+    for name, value in zip(("gradient", "loss"), found, strict=True):
+        if not math.isfinite(value):
+            job.optimizer.zero_grad(set_to_none=True)
+            for buffer_name, buffer in sae.named_buffers():
+                buffer.copy_(counters[buffer_name])
+            raise NotFinite(
+                f"{name} of {job.name} is {value} at step {step + 1} (hookpoint "
+                f"{job.hookpoint!r}); the SAE is left as it was, checkpoints are kept"
+            )
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
     if not logged:
         return {}
     dead = sae.dead_latents().float().mean().item()
-    return sums | {"dead_fraction": dead, "lr": rate, "gradient_norm": norm.item()}
+    return sums | {"dead_fraction": dead, "lr": rate, "gradient_norm": found[0]}
 
 
 def _variance(rows: Tensor) -> Tensor:

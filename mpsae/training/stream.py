@@ -27,7 +27,9 @@ def open_stream(
         source = CacheSource(config.cache, config.recorded, seed=config.seed, device=device)
     else:
         if model is None:
-            model, tokenizer = load_language_model(config.model, device=device)
+            model, tokenizer = load_language_model(
+                config.model, device=device, trust_remote_code=config.trust_remote_code
+            )
         source = ModelSource(
             model,
             tokenizer,
