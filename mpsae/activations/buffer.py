@@ -49,6 +49,7 @@ class ActivationStream:
         skip: sequences to pass over, to go on where an earlier stream stopped.
         repeat: start again when the text ends (otherwise the iteration ends, its last batch
             smaller).
+        share: rank and number of the processes that share the text.
 
     Yields:
         ``{hookpoint: [batch, d]}``, fp32, on the model's device; row b of each hookpoint belongs to
@@ -76,6 +77,7 @@ class ActivationStream:
         seed: int = 0,
         skip: int = 0,
         repeat: bool = False,
+        share: tuple[int, int] = (0, 1),
     ):
         if not hookpoints:
             raise ValueError("hookpoints is empty; name at least one module, such as layers.2")
@@ -88,7 +90,7 @@ class ActivationStream:
             )
         self.model, self.tokenizer, self.hookpoints = model, tokenizer, list(hookpoints)
         self.text, self.buffer, self.batch, self.side = text, buffer, batch, side
-        self.repeat = repeat
+        self.repeat, self.share = repeat, share
         self.sequences_read = skip
         self.generator = torch.Generator().manual_seed(seed)
         self._pass_read = skip  # sequences of the present pass over the text
@@ -174,7 +176,9 @@ class ActivationStream:
 
     def _sequences(self, skip: int) -> Iterator[Sequences]:
         batch = self.buffer.model_batch
-        return sequences(self.tokenizer, self.text, self.side, batch=batch, skip=skip)
+        return sequences(
+            self.tokenizer, self.text, self.side, batch=batch, skip=skip, share=self.share
+        )
 
     def _record(self, batch: Sequences) -> dict[str, Tensor]:
         found = record(self.model, self.hookpoints, batch.ids, batch.attention)

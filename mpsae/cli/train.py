@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mpsae.training import TrainConfig, pick_device, train
 from mpsae.training.forecast import forecast, table
+from mpsae.training.job import job_names
 
 
 def run(config: TrainConfig) -> None:
@@ -11,8 +12,9 @@ def run(config: TrainConfig) -> None:
     if config.dry_run:
         print(table(forecast(config, pick_device(config.device))))
         return
-    for job in train(config):
-        print(f"{config.out / job.name}")
+    train(config)
+    for name in job_names(config):
+        print(f"{config.out / name}")
     print(f"judge it with: mpsae eval {config.out}")
 
 

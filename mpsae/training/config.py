@@ -28,7 +28,7 @@ Logger = Literal["wandb", "trackio", "tensorboard"]
 # what may change when a run is resumed
 _FREE = {
     "max_tokens", "accumulate", "device", "autocast", "out", "resume", "checkpoint_every",
-    "log_every", "logger", "dry_run", "config",
+    "log_every", "logger", "dry_run", "config", "distribute_modules",
 }  # fmt: skip
 
 
@@ -82,6 +82,9 @@ class TrainConfig:
     """bf16 autocast; on a GPU by default."""
     device: str = "auto"
     """cuda, cpu, or auto: a GPU where there is one."""
+    distribute_modules: bool = False
+    """Under torchrun, share the hookpoints out over the processes, each trained by one of them on
+    the rows of all, in place of training every SAE in all of them."""
     seed: int = 0
     """Of dictionary and shuffling."""
 

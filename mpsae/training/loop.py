@@ -15,26 +15,12 @@ from tqdm import tqdm
 from mpsae.activations import ActivationStream, load_language_model
 from mpsae.sae import SparseAutoencoder
 from mpsae.training import state
-from mpsae.training.config import TrainConfig
+from mpsae.training.config import TrainConfig, input_of
+from mpsae.training.distributed import Processes, Seen, open_processes, rows_seen
 from mpsae.training.interrupt import Interrupt
-from mpsae.training.job import Job, make_jobs
+from mpsae.training.job import Job, job_names, make_jobs
 from mpsae.training.logging import MetricsLog
 from mpsae.training.step import take_step
-
-
-def pick_device(device: str) -> str:
-    """Resolve ``"auto"``.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device!r} cannot be used: {error}") from error
-    return device
 
 
 def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> list[Job]:
@@ -45,11 +31,13 @@ def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> l
         model, tokenizer: of transformers, in place of those that ``config.model`` names.
 
     Returns:
-        The finished jobs. Each SAE lies in `<out>/<architecture>/<hookpoint>`.
+        The finished jobs, with ``distribute_modules`` those of this process. Each SAE lies in
+        `<out>/<architecture>/<hookpoint>`.
 
     Raises:
         ValueError: a setting, hookpoint or text that cannot be used; NaN or Inf in activations or
-            loss, naming hookpoint and batch. The checkpoints written before are kept.
+            loss, naming hookpoint and batch. The checkpoints written before are kept. What one
+            process raises, all raise.
         OSError: a model, dataset or checkpoint that cannot be read.
         KeyboardInterrupt: after the step in progress, once its checkpoint is written.
 
@@ -59,14 +47,50 @@ def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> l
         the buffer of activations. Only a finished run that is resumed with more ``max_tokens``
         starts with an empty buffer, at the sequence behind the last one read.
         A last batch that the text does not fill is left out, except where it is the only one.
+
+        Under torchrun each process reads a share of the text and takes its part of each batch;
+        ``batch_tokens`` are those of all processes. Where rows are encoded one by one (topk,
+        matching_pursuit, the transcoders) the step is that of a single process on the same rows,
+        up to the order of sums. batch_topk and matryoshka share k latents a row out over the rows
+        of a process, and these and batch_matching_pursuit average what each learns as threshold.
+        With ``distribute_modules`` every step is that of a single process. The text ends for all
+        where it ends for one. A run may be resumed by another number of processes: it goes on with
+        empty buffers, behind as many sequences as were read, though where processes read documents
+        of their own not behind the same ones.
     """
+    with open_processes(config.device) as (processes, device):
+        with processes.agreeing():
+            run = _set_up(config, processes, device, model, tokenizer)
+        with processes.agreeing():
+            if processes.rank == 0:
+                config.out.mkdir(parents=True, exist_ok=True)
+                config.save(config.out / "config.json")
+        return run.go()
+
+
+def _set_up(
+    config: TrainConfig, processes: Processes, device: str, model: Any, tokenizer: Any
+) -> _Run:
     existing = state.checkpoints(config.out)
     finished = (config.out / "finished.json").exists()
     if (existing or finished) and not config.resume:
         raise ValueError(f"{config.out} holds a run already; pass --resume or another --out")
     if config.resume and not existing:
         raise ValueError(f"nothing to resume: no checkpoint in {config.out}")
-    device = pick_device(config.device)
+    size = processes.size
+    rows, rest = divmod(config.batch_tokens or 1, size)
+    if rest:
+        raise ValueError(f"batch_tokens={config.batch_tokens} is no multiple of {size} processes")
+    if not config.distribute_modules and rows < 2 * config.accumulate:
+        raise ValueError(
+            f"batch_tokens={config.batch_tokens} gives fewer than two rows to each of "
+            f"accumulate={config.accumulate} parts in each of {size} processes"
+        )
+    if config.distribute_modules and len(config.hookpoints) < size:
+        raise ValueError(
+            f"distribute_modules needs a hookpoint for each of {size} processes, and there are "
+            f"{len(config.hookpoints)}: {', '.join(config.hookpoints)}"
+        )
     if model is None:
         model, tokenizer = load_language_model(config.model, device=device)
     stream = ActivationStream(
@@ -75,25 +99,28 @@ def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> l
         config.recorded,
         config.text,
         config.buffer,
-        batch=config.batch_tokens or 1,
-        seed=config.seed,
+        batch=rows,
+        seed=config.seed + processes.rank * 2**32,
         repeat=config.max_tokens is not None,
+        share=(processes.rank, size),
     )
-    run = _Run(config, stream)
+    run = _Run(config, stream, processes)
     if existing:
         config.check_resumed(config.out / "config.json")
         run.load(existing[-1])
-    config.out.mkdir(parents=True, exist_ok=True)
-    config.save(config.out / "config.json")
-    return run.go()
+    return run
 
 
 class _Run:
     """State of one call of :func:`train`."""
 
-    def __init__(self, config: TrainConfig, stream: ActivationStream):
-        self.config, self.stream = config, stream
-        self.jobs = make_jobs(config, stream.model)
+    def __init__(self, config: TrainConfig, stream: ActivationStream, processes: Processes):
+        self.config, self.stream, self.processes = config, stream, processes
+        self.seen: Seen = "owner" if config.distribute_modules else "own"
+        owners = {name: i % processes.size for i, name in enumerate(config.hookpoints)}
+        own = [n for n, rank in owners.items() if rank == processes.rank or self.seen != "owner"]
+        self.owners = owners | {input_of(name): rank for name, rank in owners.items()}
+        self.jobs = make_jobs(config, stream.model, own)
         self.step = self.tokens = 0
         limit, batch = config.max_tokens, config.batch_tokens or 1
         self.steps = None if limit is None else limit // batch
@@ -101,77 +128,125 @@ class _Run:
     def load(self, checkpoint: Path) -> None:
         saved = state.load_checkpoint(checkpoint, self._parts())
         self.step, self.tokens = saved["step"], saved["tokens"]
-        buffer = state.load_buffer(checkpoint)
+        rank, size = self.processes.rank, self.processes.size
+        buffer = state.load_buffer(checkpoint, self.processes)
+        streams = saved["streams"]
         if buffer is not None:
             self.stream.load_state_dict(buffer)
-        else:
-            self.stream.skip(saved["sequences_read"], saved["sequences_of_pass"])
+        elif len(streams) == size:
+            self.stream.skip(**streams[rank])
+        else:  # another number of processes: share out what was read
+            sums = {name: sum(stream[name] for stream in streams) for name in streams[0]}
+            self.stream.skip(**{name: (n + size - 1 - rank) // size for name, n in sums.items()})
 
     def go(self) -> list[Job]:
-        config = self.config
-        log = MetricsLog(config.out, config.logger, config.as_json(), step=self.step)
+        config, processes = self.config, self.processes
+        first = processes.rank == 0
+        with processes.agreeing():
+            log = self._log() if first else None
+        if processes.size > 1 and self.seen == "own":
+            for job in self.jobs:
+                job.spread(processes)
         bar = tqdm(
-            total=self.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=None
-        )
-        interrupt = Interrupt()
+            total=self.steps, initial=self.step, unit="step", dynamic_ncols=True,
+            disable=None if first else True,
+        )  # fmt: skip
+        interrupt = Interrupt(patient=processes.size > 1)
         try:
             for batch in self._batches():
-                metrics = self._train_step(batch)
+                with processes.agreeing():
+                    metrics = self._train_step(batch)
                 self.step += 1
                 bar.update()
-                if metrics:
-                    for name, values in metrics.items():
-                        log.write(name, self.step, values)
-                    bar.set_postfix_str(_summary(metrics))
-                if self.step % config.checkpoint_every == 0 or interrupt.seen:
+                if self._logged(self.step):
+                    metrics = self._of_all(metrics)
+                    if log is not None:
+                        for name, values in metrics.items():
+                            log.write(name, self.step, values)
+                        bar.set_postfix_str(_summary(metrics))
+                (stopping,) = processes.any(bool(interrupt.seen))
+                if self.step % config.checkpoint_every == 0 or stopping:
                     folder = self._save(self.stream.state_dict())
-                if interrupt.seen:
-                    print(f"\ninterrupted; go on with --resume from {folder}", file=sys.stderr)
+                if stopping:
+                    if first:
+                        print(f"\ninterrupted; go on with --resume from {folder}", file=sys.stderr)
                     raise KeyboardInterrupt
         finally:
             interrupt.close()
             bar.close()
-            log.close()
+            if log is not None:
+                log.close()
+            for job in self.jobs:
+                job.collect()
         self._save()
-        for job in self.jobs:
-            job.sae.eval().save_pretrained(config.out / job.name)
-        (config.out / "finished.json").write_text(f'{{"step": {self.step}}}\n')
+        with processes.agreeing():
+            for job in self.jobs:
+                job.sae.eval()
+            for name, (sae, _) in self._written().items():
+                sae.save_pretrained(config.out / name)
+        if first:
+            (config.out / "finished.json").write_text(f'{{"step": {self.step}}}\n')
         return self.jobs
 
+    def _log(self) -> MetricsLog:
+        config = self.config
+        return MetricsLog(config.out, config.logger, config.as_json(), step=self.step)
+
     def _batches(self) -> Iterator[dict[str, Tensor]]:
-        """Batches up to the last step."""
+        """Batches of this process's jobs, up to the last step."""
+        processes = self.processes
         batches = iter(self.stream)
         while self.steps is None or self.step < self.steps:
-            batch = next(batches, None)
-            if batch is None:
+            with processes.agreeing():
+                own = next(batches, {})
+            rows = len(next(iter(own.values()), ()))
+            ended, short = processes.any(not own, rows < self.stream.batch)
+            if ended or (short and self.step):  # too few rows for a step like the rest
                 return
-            rows = len(next(iter(batch.values())))
+            if short:
+                rows = processes.smallest(rows)
+                own = {name: values[:rows] for name, values in own.items()}
+            batch = rows_seen(processes, own, self.seen, self.owners)
             if self.step == 0:
                 for job in self.jobs:
-                    job.sae.initialize_b_dec_(*job.split(job.rows(batch)))
-            elif rows < self.stream.batch:  # the text's end: too few rows for a step like the rest
-                return
+                    job.initialize(job.rows(batch))
+            self.tokens += rows * processes.size
             yield batch
 
     def _parts(self) -> dict[str, tuple[SparseAutoencoder, torch.optim.Optimizer]]:
         return {job.name: (job.sae, job.optimizer) for job in self.jobs}
 
+    def _written(self) -> dict[str, tuple[SparseAutoencoder, torch.optim.Optimizer]]:
+        """Parts that this process writes: its own, or of those that are alike everywhere none."""
+        return self._parts() if self.seen == "owner" or self.processes.rank == 0 else {}
+
     def _save(self, buffer: dict[str, Tensor] | None = None) -> Path:
-        progress = {"tokens": self.tokens} | self.stream.progress()
-        return state.save_checkpoint(self.config.out, self.step, progress, self._parts(), buffer)
+        streams = self.processes.share(self.stream.progress())
+        progress = {"tokens": self.tokens, "streams": streams}
+        return state.save_checkpoint(
+            self.config.out, self.step, progress, self._written(), buffer, self.processes
+        )
+
+    def _of_all(self, metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        """Metrics of the SAEs of all processes."""
+        if self.seen == "own" or self.processes.size == 1:
+            return metrics
+        found = {k: values for part in self.processes.share(metrics) for k, values in part.items()}
+        return {name: found[name] for name in job_names(self.config)}
+
+    def _logged(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == 1
 
     def _train_step(self, batch: dict[str, Tensor]) -> dict[str, dict[str, float]]:
         """Step every SAE; the metrics where this step is logged."""
-        logged = (self.step + 1) % self.config.log_every == 0 or self.step == 0
-        self.tokens += len(next(iter(batch.values())))
+        logged = self._logged(self.step + 1)
         metrics = {}
         for job in self.jobs:
             started = time.perf_counter()
-            values = take_step(
-                self.config, job, job.rows(batch), self.step, steps=self.steps, logged=logged
-            )
+            rows = job.rows(batch)
+            values = take_step(self.config, job, rows, self.step, steps=self.steps, logged=logged)
             job.seconds += time.perf_counter() - started
-            job.tokens += len(batch[job.hookpoint])
+            job.tokens += len(rows) * job.processes.size
             if logged:
                 rate = job.tokens / job.seconds
                 metrics[job.name] = {"tokens": self.tokens} | values | {"tokens_per_s": rate}

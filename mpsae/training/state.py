@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpsae.sae import SparseAutoencoder
+from mpsae.training.distributed import ALONE, Processes
 
 KEPT = 2
 _STATE = "training_state.safetensors"
 _PROGRESS = "progress.json"
-_BUFFER = "buffer.safetensors"
 
 
 def save_checkpoint(
@@ -27,6 +27,7 @@ def save_checkpoint(
     progress: dict[str, Any],
     parts: dict[str, tuple[SparseAutoencoder, torch.optim.Optimizer]],
     buffer: dict[str, Tensor] | None = None,
+    processes: Processes = ALONE,
 ) -> Path:
     """Write a checkpoint under a temporary name, rename it, and drop the oldest ones.
 
@@ -34,34 +35,54 @@ def save_checkpoint(
         run: the run's folder.
         step: steps done.
         progress: JSON-able, what the loop needs to go on.
-        parts: SAE and optimiser by name (a relative path).
-        buffer: the stream's state, where the run has yet to go on.
+        parts: SAE and optimiser by name (a relative path), those that this process writes.
+        buffer: the state of this process's stream, where the run has yet to go on.
+        processes: of the run, which all call this; the first one renames.
 
     Returns:
         `run/checkpoint-<step>`.
     """
     final = run / f"checkpoint-{step}"
-    temporary = run / f".checkpoint-{step}.{os.getpid()}"
-    for left in run.glob(".checkpoint-*"):  # of runs that were killed
-        shutil.rmtree(left, ignore_errors=True)
+    first = processes.rank == 0
+    temporary = run / f".checkpoint-{step}.{processes.share(os.getpid())[0]}"
+    if first:
+        for left in run.glob(".checkpoint-*"):  # of runs that were killed
+            shutil.rmtree(left, ignore_errors=True)
     try:
-        for name, (sae, optimizer) in parts.items():
-            folder = sae.save_pretrained(temporary / name)
-            tensors = {"rows_since_fired": sae.rows_since_fired.cpu()}
-            for number, state in optimizer.state_dict()["state"].items():
-                for key, value in state.items():
-                    tensors[f"{number}.{key}"] = torch.as_tensor(value).cpu().contiguous()
-            save_file(tensors, folder / _STATE)
-        if buffer is not None:
-            save_file(buffer, temporary / _BUFFER)
-        (temporary / _PROGRESS).write_text(json.dumps(progress | {"step": step}) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        with processes.agreeing():
+            if first:
+                temporary.mkdir(parents=True)
+        with processes.agreeing():
+            for name, (sae, optimizer) in parts.items():
+                _write_part(temporary / name, sae, optimizer)
+            if buffer is not None:
+                save_file(buffer, temporary / _buffer(processes))
+        with processes.agreeing():
+            if first:
+                progress = progress | {"step": step, "processes": processes.size}
+                (temporary / _PROGRESS).write_text(json.dumps(progress) + "\n")
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(temporary, final)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for old in checkpoints(run)[:-KEPT]:
-        shutil.rmtree(old)
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+    if first:
+        for old in checkpoints(run)[:-KEPT]:
+            shutil.rmtree(old)
     return final
+
+
+def _write_part(folder: Path, sae: SparseAutoencoder, optimizer: torch.optim.Optimizer) -> None:
+    sae.save_pretrained(folder)
+    tensors = {"rows_since_fired": sae.rows_since_fired.cpu()}
+    for number, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            tensors[f"{number}.{key}"] = torch.as_tensor(value).cpu().contiguous()
+    save_file(tensors, folder / _STATE)
+
+
+def _buffer(processes: Processes) -> str:
+    return "buffer.safetensors" if processes.size == 1 else f"buffer-{processes.rank}.safetensors"
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -106,13 +127,16 @@ def load_checkpoint(
     return progress
 
 
-def load_buffer(folder: Path) -> dict[str, Tensor] | None:
-    """State of the stream in a checkpoint; none in the last one of a finished run.
+def load_buffer(folder: Path, processes: Processes = ALONE) -> dict[str, Tensor] | None:
+    """State of this process's stream in a checkpoint.
+
+    There is none in the last one of a finished run, nor in one of another number of processes.
 
     Raises:
         OSError: it is damaged.
     """
-    return _load_tensors(folder / _BUFFER) if (folder / _BUFFER).exists() else None
+    path = folder / _buffer(processes)
+    return _load_tensors(path) if path.exists() else None
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

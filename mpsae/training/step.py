@@ -9,10 +9,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mpsae.metrics import fvu
-from mpsae.sae import SparseAutoencoder
+from mpsae.metrics import fvu, total_variance
+from mpsae.sae import BatchMatchingPursuitSAE, BatchTopKSAE, SparseAutoencoder
 from mpsae.sparse import l0
 from mpsae.training.config import TrainConfig
+from mpsae.training.distributed import Processes
 from mpsae.training.job import Job
 
 _FVUS = ("reconstruction", "multi_topk")  # losses in units of the rows' variance
@@ -34,7 +35,8 @@ def take_step(
     Args:
         config: of the run.
         job: the SAE.
-        rows: see :meth:`Job.rows`.
+        rows: see :meth:`Job.rows`; with ``job.processes`` this process's part of them, as many as
+            in each of the others.
         step: counted from 0.
         steps: of the whole run, where that is known.
         logged: say what was seen, which makes the device wait.
@@ -44,8 +46,13 @@ def take_step(
 
     Raises:
         ValueError: the gradient is not finite; the SAE is left as it was.
+
+    Notes:
+        Over several processes the losses add up to those of all their rows: a part's FVU is
+        weighted by its share of the variance about the mean of all rows, a mean over rows by its
+        share of the rows.
     """
-    sae = job.sae.train()
+    sae, processes = job.sae.train(), job.processes
     config.schedule(sae, step)
     rate = learning_rate(config, step, steps)
     for group in job.optimizer.param_groups:
@@ -53,21 +60,24 @@ def take_step(
     bf16 = rows.device.type != "cpu" if config.autocast is None else config.autocast
     sums: dict[str, float] = {}
     parts = rows.chunk(config.accumulate)
-    total = _variance(job.split(rows)[-1]) if len(parts) > 1 else None
+    whole = len(parts) * processes.size == 1
+    total = None if whole else processes.variance(job.split(rows)[-1])
     for number, part in enumerate(map(job.split, parts)):
         target = part[-1]
-        share = len(target) / len(rows)
+        share = len(target) / (len(rows) * processes.size)
         # a part's FVU is over its own variance; so the sum is the FVU of all rows
-        of_variance = share if total is None else (_variance(target) / total).item()
+        of_variance = share if total is None else (total_variance(target) / total).item()
+        weights = dict.fromkeys(_FVUS, of_variance)
         with (
             _seeded(sae, (config.seed, step, number)),
             torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=bf16),
         ):
             output = sae(*part)
-        losses = {
-            name: value * (of_variance if name in _FVUS else share)
-            for name, value in output.losses.items()
-        }
+        if processes.size > 1 and "aux" in output.losses:  # in units of the residual's variance
+            residual = (target - output.reconstruction).detach()
+            own = total_variance(residual) / processes.variance(residual)
+            weights["aux"] = own.item() * share * processes.size
+        losses = {name: value * weights.get(name, share) for name, value in output.losses.items()}
         torch.stack(list(losses.values())).sum().backward()
         if logged:
             seen = {name: value.item() for name, value in losses.items()}
@@ -76,6 +86,7 @@ def take_step(
             seen["l0"] = share * used
             for name, number in seen.items():
                 sums[name] = sums.get(name, 0.0) + number
+    job.add_gradients()
     limit = config.clip_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), limit)
     if not math.isfinite(norm.item()):
@@ -85,15 +96,22 @@ def take_step(
         )
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
+    if processes.size > 1 and isinstance(sae, (BatchTopKSAE, BatchMatchingPursuitSAE)):
+        _average_threshold(sae.threshold, processes)
     if not logged:
         return {}
     dead = sae.dead_latents().float().mean().item()
+    found = processes.add(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+    sums = dict(zip(sums, found, strict=True))
     return sums | {"dead_fraction": dead, "lr": rate, "gradient_norm": norm.item()}
 
 
-def _variance(rows: Tensor) -> Tensor:
-    """Sum ||x - mean||^2."""
-    return (rows - rows.mean(0)).square().sum()
+def _average_threshold(threshold: Tensor, processes: Processes) -> None:
+    """Average a threshold over the processes that have learnt one: below 0 is none yet."""
+    found = processes.gather(threshold)
+    learnt = found >= 0
+    mean = (found * learnt).sum() / learnt.sum().clamp_min(1)
+    threshold.copy_(torch.where(learnt.any(), mean, threshold))
 
 
 @contextmanager
