@@ -130,14 +130,16 @@ class _Run:
         self.step, self.tokens = saved["step"], saved["tokens"]
         rank, size = self.processes.rank, self.processes.size
         buffer = state.load_buffer(checkpoint, self.processes)
-        streams = saved["streams"]
         if buffer is not None:
             self.stream.load_state_dict(buffer)
-        elif len(streams) == size:
-            self.stream.skip(**streams[rank])
+            return
+        read = saved.get("streams", [saved])  # of one process, in runs older than these
+        if len(read) == size:
+            own = [read[rank][name] for name in ("sequences_read", "sequences_of_pass")]
         else:  # another number of processes: share out what was read
-            sums = {name: sum(stream[name] for stream in streams) for name in streams[0]}
-            self.stream.skip(**{name: (n + size - 1 - rank) // size for name, n in sums.items()})
+            sums = [sum(r[name] for r in read) for name in ("sequences_read", "sequences_of_pass")]
+            own = [(total + size - 1 - rank) // size for total in sums]
+        self.stream.skip(*own)
 
     def go(self) -> list[Job]:
         config, processes = self.config, self.processes
