@@ -95,7 +95,11 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize(
     ("architecture", "size", "accumulate"),
-    [*product(BY_ROW, [2], [1, 2]), ("topk", 4, 1), ("matching_pursuit", 4, 2)],
+    [
+        *product(BY_ROW, [2], [1, 2]),
+        pytest.param("topk", 4, 1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in product(BY_ROW, [4], [1, 2])),
+    ],
     ids=str,
 )
 def test_processes_take_the_steps_of_one_on_all_their_rows(
@@ -215,7 +219,7 @@ def test_resumed_processes_go_on_bit_for_bit(distributed, make, llama, tmp_path)
 def test_owners_of_hookpoints_take_the_steps_of_one_process(make, llama, tmp_path, monkeypatch):
     config = make(
         architecture=["topk", "matching_pursuit", "batch_topk"],
-        hookpoints=["layers.1", "layers.0.mlp", "layers.0"], distribute_modules=True,
+        hookpoints=["layers.1", "layers.1.mlp:input", "layers.1.mlp"], distribute_modules=True,
         sae=["dead_after=128"],
     )  # fmt: skip
 

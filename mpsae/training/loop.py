@@ -119,7 +119,7 @@ class _Run:
         self.seen: Seen = "owner" if config.distribute_modules else "own"
         owners = {name: i % processes.size for i, name in enumerate(config.hookpoints)}
         own = [n for n, rank in owners.items() if rank == processes.rank or self.seen != "owner"]
-        self.owners = owners | {input_of(name): rank for name, rank in owners.items()}
+        self.owners = {input_of(name): rank for name, rank in owners.items()} | owners
         self.jobs = make_jobs(config, stream.model, own)
         self.step = self.tokens = 0
         limit, batch = config.max_tokens, config.batch_tokens or 1
