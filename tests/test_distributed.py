@@ -1,5 +1,6 @@
 """Training on several processes: equal to one process on the same rows, files and errors once."""
 
+import contextlib
 import json
 import os
 import signal
@@ -375,8 +376,6 @@ def test_error_of_the_command_line_is_reported_by_the_first_process(wrong, monke
     assert main(["train", *wrong]) == 2
     assert capfd.readouterr() == ("", "")
     monkeypatch.setenv("RANK", "0")
-    try:
+    with contextlib.suppress(SystemExit):  # of the parser
         assert main(["train", *wrong]) == 2
-    except SystemExit as end:
-        assert end.code == 2
     assert capfd.readouterr().err.count("error:") == 1
