@@ -6,7 +6,7 @@ import torch
 
 from mpsae import SparseAutoencoder
 from mpsae.activations import BufferConfig, TextConfig, load_language_model
-from mpsae.training import TrainConfig, loop, train
+from mpsae.training import TrainConfig, loop, pick_device, train
 from mpsae.training.step import learning_rate
 
 ARCHITECTURES = ["matching_pursuit", "topk", "batch_topk", "matryoshka"]
@@ -273,4 +273,4 @@ def test_dataset_of_the_text_settings_counts_too(make):
 def test_unknown_device_is_refused():
     for device in ("nosuch", "cuda:99"):
         with pytest.raises(ValueError, match=f"device='{device}' cannot be used"):
-            loop.pick_device(device)
+            pick_device(device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from mpsae.activations.cache_files import (
     write_shard,
 )
 from mpsae.activations.source import ModelSource, Rows, Told
+from mpsae.seeds import mixed
 
 _SHARDS_MIXED = 8
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -161,6 +161,7 @@ class CacheSource:
         hookpoints: those wanted; all of them by default.
         seed: of the order.
         device: where the rows go.
+        share: rank and number of the processes of which each reads every so many-th sequence.
 
     Raises:
         OSError: the index is missing or damaged. While reading: a shard is, naming it.
@@ -174,12 +175,14 @@ class CacheSource:
         *,
         seed: int = 0,
         device: str | torch.device = "cpu",
+        share: tuple[int, int] = (0, 1),
     ):
         self.folder, self.index = folder, read_index(folder)
         self.hookpoints = list(self.index.hookpoints if hookpoints is None else hookpoints)
         self.device, self.seed = torch.device(device), seed
         self.told: Told | None = None  # has nothing to hear: only finite rows are written
-        self.size = self.index.sequences
+        self.share = share
+        self.size = len(range(share[0], self.index.sequences, share[1]))
         self._checked: set[int] = set()
         for name in self.hookpoints:
             if name not in self.index.hookpoints:
@@ -187,6 +190,10 @@ class CacheSource:
                     f"no hookpoint {name!r} in the cache {folder}; it holds "
                     f"{', '.join(self.index.hookpoints)}"
                 )
+        if not self.size:
+            raise ValueError(
+                f"the cache {folder} has {self.index.sequences} sequences for {share[1]} processes"
+            )
         if not self.index.tokens:
             raise ValueError(f"the cache {folder} holds no token yet")
 
@@ -196,9 +203,9 @@ class CacheSource:
 
     def rows(self, skip: int, before: int) -> Iterator[Rows]:
         """Read the cache once, a sequence at a time."""
-        # torch's generator looks at 32 bits of a seed, so both numbers have to be mixed into them
-        mixed = random.Random(f"{self.seed} {before // self.size}").getrandbits(32)
-        generator = torch.Generator().manual_seed(mixed)
+        generator = torch.Generator().manual_seed(mixed(self.seed, before // self.size))
+        # of all processes, of which this one reads its own
+        skip = self.share[0] + skip * self.share[1]
         counts = torch.tensor([shard.sequences for shard in self.index.shards])
         for numbers in torch.randperm(len(counts), generator=generator).split(_SHARDS_MIXED):
             ends = counts[numbers].cumsum(0)
@@ -206,14 +213,13 @@ class CacheSource:
             if skip >= len(order):
                 skip -= len(order)
                 continue
+            own = range(skip, len(order), self.share[1])
+            skip = own[-1] + self.share[1] - len(order)
             shards = [self._open(number) for number in numbers.tolist()]
             of_shard = torch.searchsorted(ends, order, right=True)
             within = order - (ends - counts[numbers])[of_shard]
-            for shard, sequence in zip(
-                of_shard[skip:].tolist(), within[skip:].tolist(), strict=True
-            ):
-                yield self._read(shards[shard], sequence)
-            skip = 0
+            for place in own:
+                yield self._read(shards[of_shard[place]], int(within[place]))
 
     def _open(self, number: int) -> OpenShard:
         shard = self.index.shards[number]

@@ -49,8 +49,6 @@ class Source(Protocol):
     def rows(self, skip: int, before: int) -> Iterator[Rows]:
         """Read one pass, in an order that depends on the arguments alone.
 
-        One of several processes that share a pass would take every so many-th sequence of it here.
-
         Args:
             skip: sequences of this pass to leave out, from its beginning.
             before: sequences of all earlier passes.
@@ -70,6 +68,7 @@ class ModelSource:
         side: ``"train"`` or ``"heldout"``.
         model_batch: sequences a forward pass.
         check_finite: stop at NaN or Inf.
+        share: rank and number of the processes that share the text.
 
     Raises:
         ValueError: no hookpoint, or an unknown one; a context that the model does not reach. While
@@ -88,6 +87,7 @@ class ModelSource:
         side: Split = "train",
         model_batch: int = 32,
         check_finite: bool = True,
+        share: tuple[int, int] = (0, 1),
     ):
         if not hookpoints:
             raise ValueError("hookpoints is empty; name at least one module, such as layers.2")
@@ -97,6 +97,7 @@ class ModelSource:
         self.model, self.tokenizer, self.hookpoints = model, tokenizer, list(hookpoints)
         self.text, self.side = text, side
         self.model_batch, self.check_finite = model_batch, check_finite
+        self.share = share
         self.device: torch.device = model.device
         self.told: Told | None = None
 
@@ -108,7 +109,9 @@ class ModelSource:
         """Read the text once, ``model_batch`` sequences at a time."""
         passed, batch = False, self.model_batch
         read = before + skip
-        for part in sequences(self.tokenizer, self.text, self.side, batch=batch, skip=skip):
+        for part in sequences(
+            self.tokenizer, self.text, self.side, batch=batch, skip=skip, share=self.share
+        ):
             found = record(self.model, self.hookpoints, part.ids, part.attention)
             values = {name: found[name][part.mask.to(found[name].device)].float() for name in found}
             given = Rows(part.mask.sum(1).tolist(), values)

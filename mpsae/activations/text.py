@@ -59,13 +59,16 @@ class Sequences(NamedTuple):
     attention: Tensor
 
 
-def load_documents(config: TextConfig, side: Split = "train") -> Iterable[str]:
+def load_documents(
+    config: TextConfig, side: Split = "train", share: tuple[int, int] = (0, 1)
+) -> Iterable[str]:
     """Read the documents of one side of a dataset.
 
     Args:
         config: which dataset.
         side: ``"train"`` or ``"heldout"``. Without ``heldout_split`` both sides of a dataset are
             the same documents, and :func:`sequences` keeps every tenth sequence apart.
+        share: rank and number of processes, of which each reads documents of its own.
 
     Returns:
         The texts, lazily.
@@ -79,7 +82,7 @@ def load_documents(config: TextConfig, side: Split = "train") -> Iterable[str]:
         if config.shuffle_seed is not None:
             generator = torch.Generator().manual_seed(config.shuffle_seed)
             texts = [texts[i] for i in torch.randperm(len(texts), generator=generator).tolist()]
-        return texts
+        return texts[share[0] :: share[1]]
     split = config.heldout_split if side == "heldout" and config.heldout_split else config.split
     dataset = _load_dataset(config, split)
     columns = dataset.column_names
@@ -87,6 +90,10 @@ def load_documents(config: TextConfig, side: Split = "train") -> Iterable[str]:
         raise _no_column(config, columns)
     if config.shuffle_seed is not None:
         dataset = dataset.shuffle(seed=config.shuffle_seed)
+    if share[1] > 1:
+        from datasets.distributed import split_dataset_by_node
+
+        dataset = split_dataset_by_node(dataset, *share)
     return _column(dataset, config)
 
 
@@ -147,7 +154,13 @@ def _pick_split(splits: dict[str, Any], split: str) -> Any:
 
 
 def sequences(
-    tokenizer: Any, config: TextConfig, side: Split = "train", *, batch: int = 32, skip: int = 0
+    tokenizer: Any,
+    config: TextConfig,
+    side: Split = "train",
+    *,
+    batch: int = 32,
+    skip: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Sequences]:
     """Tokenise documents and pack them into sequences without gaps.
 
@@ -159,17 +172,28 @@ def sequences(
         config: which text.
         side: ``"train"`` or ``"heldout"``, which share no sequence.
         batch: sequences at a time.
-        skip: sequences of this side to pass over (tokenised, not returned).
+        skip: sequences of this side, and of this share, to pass over (tokenised, not returned).
+        share: rank and number of the processes that share the text.
 
     Yields:
         Sequences, all but the last of ``batch`` rows.
+
+    Notes:
+        Processes read documents of their own where the held-out text is apart (stdlib, or with
+        ``heldout_split``). Otherwise each tokenises everything and takes every so many-th sequence:
+        which sequences are held out does not depend on the number of processes.
     """
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
     separate = side == "heldout" and config.heldout_split is not None
     apart = config.dataset != "stdlib" and config.heldout_split is None and not separate
     rows: list[tuple[Tensor, int]] = []
-    for number, row in enumerate(_pack(tokenizer, config, side)):
+    kept = 0
+    packed = _pack(tokenizer, config, side, (0, 1) if apart else share)
+    for number, row in enumerate(packed):
         if apart and (number % 10 == 9) != (side == "heldout"):
+            continue
+        kept += 1
+        if apart and (kept - 1) % share[1] != share[0]:
             continue
         if skip:
             skip -= 1
@@ -195,7 +219,9 @@ def first_token(tokenizer: Any) -> int | None:
     return tokenizer.cls_token_id if start is None else start
 
 
-def _pack(tokenizer: Any, config: TextConfig, side: Split) -> Iterator[tuple[Tensor, int]]:
+def _pack(
+    tokenizer: Any, config: TextConfig, side: Split, share: tuple[int, int]
+) -> Iterator[tuple[Tensor, int]]:
     """Sequences of ``context`` tokens with the number of tokens that are not padding."""
     start = first_token(tokenizer)
     head = [start] if config.prepend_bos and start is not None else []
@@ -204,7 +230,7 @@ def _pack(tokenizer: Any, config: TextConfig, side: Split) -> Iterator[tuple[Ten
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end or 0)
     room = config.context - len(head)
     stream: list[int] = []
-    for ids in _tokenize(tokenizer, load_documents(config, side)):
+    for ids in _tokenize(tokenizer, load_documents(config, side, share)):
         stream += ids if end is None else [*ids, end]
         whole = len(stream) - len(stream) % room
         for first in range(0, whole, room):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from simple_parsing import ArgumentParser
 
 from mpsae import __version__
+from mpsae.training.distributed import is_first, wait_to_be_ended
 
 _USAGE = {
     "cache": "mpsae cache [MODEL [DATASET]] [options]",
@@ -70,8 +73,23 @@ def _settings(arguments: Sequence[str]) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status: 0, 2 for bad input, 130 at Ctrl-C, 143 at SIGTERM."""
+    """Run a command; the exit status: 0, 2 for bad input, 130 at Ctrl-C, 143 at SIGTERM.
+
+    Of the processes that torchrun started, which all get the same error, the first one reports it;
+    torchrun itself then ends with status 1.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if is_first():
+        return _run(given)
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
+        try:
+            status = _run(given)
+        except SystemExit as end:  # of the parser
+            status = int(end.code or 0)
+    return wait_to_be_ended(status) if status == 2 else status
+
+
+def _run(given: list[str]) -> int:
     parser = ArgumentParser(
         prog="mpsae", description="Matching-pursuit sparse autoencoders: train and judge them."
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from mpsae.sae import hub
 from mpsae.training import TrainConfig, pick_device, train
+from mpsae.training.distributed import is_first
 from mpsae.training.forecast import forecast, table
+from mpsae.training.job import job_names
 
 
 def run(config: TrainConfig) -> None:
@@ -14,12 +16,12 @@ def run(config: TrainConfig) -> None:
         return
     if config.push_to_hub is not None:
         hub.check_can_push(config.push_to_hub)  # or hours pass before it fails
-    jobs = train(config)
-    for job in jobs:
-        print(f"{config.out / job.name}")
+    train(config)
+    folders = {name: config.out / name for name in job_names(config)}
+    for folder in folders.values():
+        print(folder)
     print(f"judge it with: mpsae eval {config.out}")
-    if config.push_to_hub is not None:
-        folders = {job.name: config.out / job.name for job in jobs}
+    if config.push_to_hub is not None and is_first():
         try:
             print(f"pushed {len(folders)} to {hub.push(folders, config.push_to_hub)}")
         except OSError as error:

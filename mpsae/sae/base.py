@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -112,6 +113,9 @@ class SparseAutoencoder(nn.Module, ABC):
         self.config: Any = config
         # latents a row in training in place of config.k; a schedule sets it
         self.training_k: int | None = None
+        # makes a mask of latents that fired one of all processes that train this SAE on rows of
+        # their own, and gives their number
+        self.merge_firing: Callable[[Tensor], int] | None = None
         # what a checkpoint should say of its origin: model, hookpoint, dataset, ...
         self.metadata: dict[str, Any] = {}
         self.dictionary = nn.Parameter(initial_atoms(config) if atoms is None else atoms)
@@ -353,9 +357,12 @@ class SparseAutoencoder(nn.Module, ABC):
     @torch.no_grad()
     def _count_firing(self, code: SparseCode | Pursuit) -> None:
         k = code.indices.shape[-1]
-        self.rows_since_fired += code.indices.numel() // max(k, 1)
+        rows = code.indices.numel() // max(k, 1)
         n = len(self.rows_since_fired)
         fired = self.rows_since_fired.new_zeros(n + 1, dtype=torch.bool)
         # unused places go to one more latent: to leave them out would synchronise
         fired.index_fill_(0, torch.where(code.values != 0, code.indices, n).flatten(), True)
+        if self.merge_firing is not None:
+            rows *= self.merge_firing(fired)
+        self.rows_since_fired += rows
         self.rows_since_fired.masked_fill_(fired[:n], 0)

@@ -143,6 +143,16 @@ class ShardedMatchingPursuitSAE(MatchingPursuitSAE, registered=False):
         """
         return gather_rows(rows, self.config.d_sae, self.group)
 
+    def is_shared_out(self, name: str, tensor: Tensor) -> bool:
+        """Say whether ``tensor``, of a parameter of that name, has a row for each own latent."""
+        return name != "b_dec" and tensor.ndim > 0
+
+    def take_own(self, name: str, tensor: Tensor) -> Tensor:
+        """Take this rank's rows of what :meth:`gather_rows` brought together."""
+        if not self.is_shared_out(name, tensor) or len(tensor) != self.config.d_sae:
+            return tensor
+        return tensor[self.own].clone()
+
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the whole SAE, as :meth:`SparseAutoencoder.save_pretrained`; all ranks call it.
 
@@ -177,8 +187,11 @@ class ShardedMatchingPursuitSAE(MatchingPursuitSAE, registered=False):
             ValueError: another architecture, or settings that are not for shares.
         """
         read: list[SparseAutoencoder] = []
-        given = {"revision": revision, "subfolder": subfolder}
-        together(lambda: read.append(SparseAutoencoder.from_pretrained(source, **given)), group)
+
+        def whole() -> SparseAutoencoder:
+            return SparseAutoencoder.from_pretrained(source, revision=revision, subfolder=subfolder)
+
+        together(lambda: read.append(whole()), group)
         return cls.from_whole(read[0], group).to(device)  # type: ignore[return-value]
 
     @torch.no_grad()

@@ -34,7 +34,8 @@ OnDivergence = Literal["warn", "stop"]
 _FREE = {
     "max_tokens", "accumulate", "device", "autocast", "out", "resume", "checkpoint_every",
     "log_every", "logger", "dry_run", "config", "push_to_hub", "keep_checkpoints", "on_nonfinite",
-    "on_divergence", "trust_remote_code",
+    "on_divergence", "trust_remote_code", "distribute_modules",
+    "dictionary_parallel",
 }  # fmt: skip
 
 
@@ -91,6 +92,12 @@ class TrainConfig:
     """bf16 autocast; on a GPU by default."""
     device: str = "auto"
     """cuda, cpu, or auto: a GPU where there is one."""
+    dictionary_parallel: bool = False
+    """Under torchrun, spread the latents of each matching_pursuit SAE over the processes, which all
+    see the whole batch: for dictionaries that one device does not hold."""
+    distribute_modules: bool = False
+    """Under torchrun, share the hookpoints out over the processes, each trained by one of them on
+    the rows of all, in place of training every SAE in all of them."""
     trust_remote_code: bool = False
     """Run the code that a model's own repository brings."""
     seed: int = 0
@@ -172,6 +179,7 @@ class TrainConfig:
                     f"{hookpoint.removesuffix(':input')!r}"
                 )
         optimizers.check(self.optimizer)
+        self._check_dictionary_parallel()
         self._check_schedules()
         # twice the batch at least, or the stream could not mix
         self.buffer.buffer_tokens = max(self.buffer.buffer_tokens, 2 * self.batch_tokens)
@@ -220,6 +228,25 @@ class TrainConfig:
             if any(is_transcoder(name) for name in self.architecture if name in ARCHITECTURES):
                 paired = [name for name in self.hookpoints if input_of(name) in index.hookpoints]
                 self.hookpoints = paired or self.hookpoints
+
+    def _check_dictionary_parallel(self) -> None:
+        if not self.dictionary_parallel:
+            return
+        if self.distribute_modules:
+            raise ValueError("dictionary_parallel and distribute_modules do not go together")
+        if self.architecture != ["matching_pursuit"]:
+            raise ValueError(
+                "dictionary_parallel is for architecture matching_pursuit alone, not "
+                f"{', '.join(self.architecture)}"
+            )
+        if self.optimizer == "muon":
+            raise ValueError(
+                "dictionary_parallel needs an optimizer other than muon, which takes matrices whole"
+            )
+        if self.turn_on_mp_step:
+            raise ValueError(
+                f"turn_on_mp_step={self.turn_on_mp_step} does not go with dictionary_parallel"
+            )
 
     def _check_schedules(self) -> None:
         for name in ("k_decay_steps", "turn_on_mp_step"):

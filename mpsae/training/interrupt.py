@@ -21,9 +21,13 @@ class Interrupt:
     """Remember the first SIGINT or SIGTERM, so that a step is taken whole; a second stops at once.
 
     A signal that the process ignores stays ignored, and outside the main thread nothing is changed.
+    With ``patient`` later ones change nothing: on a Ctrl-C torchrun sends its processes, which have
+    had that of the terminal, one more and a SIGTERM. It kills those that are there half a minute
+    later.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
+        self.patient = patient
         self.seen: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
@@ -33,8 +37,9 @@ class Interrupt:
                     self._before[number] = signal.signal(number, self._remember)
 
     def _remember(self, number: int, _: object) -> None:
-        self.seen = signal.Signals(number)
-        self.close()
+        self.seen = self.seen or signal.Signals(number)
+        if not self.patient:
+            self.close()
 
     def close(self) -> None:
         """Let the next signal do what it did before."""

@@ -10,7 +10,9 @@ from mpsae.plan import free_bytes
 from mpsae.training.config import TrainConfig, input_of, is_transcoder
 
 
-def check(config: TrainConfig, widths: Mapping[str, int], device: torch.device) -> None:
+def check(
+    config: TrainConfig, widths: Mapping[str, int], device: torch.device, *, shares: int = 1
+) -> None:
     """Raise ValueError where a run needs more memory than is free.
 
     Counted is what cannot be avoided: the buffer (4 bytes a feature and 8 a row), weights and
@@ -21,6 +23,7 @@ def check(config: TrainConfig, widths: Mapping[str, int], device: torch.device) 
         config: of the run.
         widths: features by hookpoint.
         device: of the run.
+        shares: processes over which each SAE is spread.
     """
     free = free_bytes(device)
     rows = config.buffer.buffer_tokens
@@ -41,7 +44,7 @@ def check(config: TrainConfig, widths: Mapping[str, int], device: torch.device) 
                     sae = config.make_sae(architecture, d_in, d_out)
             except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond 64 bits
                 raise ValueError(f"{what} is more than any memory holds") from error
-            needs[what] = 8 * sum(p.numel() for p in sae.parameters())
+            needs[what] = 8 * sum(p.numel() for p in sae.parameters()) // shares
     for what, need in needs.items():
         if need > free:
             raise ValueError(

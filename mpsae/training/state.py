@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ from torch import Tensor
 
 from mpsae.sae import SparseAutoencoder
 from mpsae.sae.checkpoint import sync
+from mpsae.sae.sharded import ShardedMatchingPursuitSAE
 from mpsae.training import checksums
+from mpsae.training.distributed import ALONE, Processes
 
 Parts = dict[str, tuple[SparseAutoencoder, torch.optim.Optimizer]]
 """SAE and optimiser by name (a relative path)."""
 
 _STATE = "training_state.safetensors"
 _PROGRESS = "progress.json"
-_BUFFER = "buffer.safetensors"
-_NUMBERS = ("step", "tokens", "sequences_read", "sequences_of_pass")
+_NUMBERS = ("step", "tokens", "processes")
+_NUMBERS_OF_STREAM = ("sequences_read", "sequences_of_pass")
 # what is being written: a checkpoint, or a file of mpsae.sae.checkpoint.renamed
 _UNFINISHED = re.compile(r"\.(checkpoint-\d+|.+\.(jsonl?|safetensors))\.\d+")
 
@@ -42,18 +45,20 @@ def save_checkpoint(
     buffer: dict[str, Tensor] | None = None,
     *,
     keep: int = 2,
+    processes: Processes = ALONE,
 ) -> Path:
     """Write a checkpoint, and then drop the oldest ones.
 
-    Where the step has one already, only its buffer is dropped, if none is given.
+    Where the step has one already, only its buffers are dropped, if none is given.
 
     Args:
         run: the run's folder.
         step: steps done.
         progress: JSON-able, what the loop needs to go on.
-        parts: what is trained.
-        buffer: the stream's state, where the run has yet to go on.
+        parts: what is trained, as far as this process writes it.
+        buffer: the state of this process's stream, where the run has yet to go on.
         keep: checkpoints to keep, at least 1.
+        processes: of the run, which all call this; the first one renames.
 
     Returns:
         `run/checkpoint-<step>`.
@@ -63,51 +68,96 @@ def save_checkpoint(
             on. All former checkpoints are left, and nothing of this one.
     """
     final = run / f"checkpoint-{step}"
-    temporary = run / f".checkpoint-{step}.{os.getpid()}"
+    first = processes.rank == 0
+    temporary = run / f".checkpoint-{step}.{processes.share(os.getpid())[0]}"
     try:
-        clear(run)
-        for lines in run.glob("*.jsonl"):  # of the steps before come first
-            sync(lines)
-        if not final.exists():
-            _write(temporary, progress | {"step": step}, parts, buffer)
-            checksums.seal(temporary)
-            os.replace(temporary, final)
-            sync(run)
+        with processes.agreeing():
+            if first:
+                clear(run)
+                for lines in run.glob("*.jsonl"):  # of the steps before come first
+                    sync(lines)
+        (new,) = processes.any(first and not final.exists())
+        if new:
+            whole = {part: _whole(*pair) for part, pair in parts.items()}
+            with processes.agreeing():
+                _write(temporary, whole, buffer, _buffer(processes))
+            with processes.agreeing():
+                if first:
+                    progress = progress | {"step": step, "processes": processes.size}
+                    (temporary / _PROGRESS).write_text(json.dumps(progress) + "\n")
+                    checksums.seal(temporary)
+                    os.replace(temporary, final)
+                    sync(run)
         elif buffer is None:
-            _drop_buffer(final)
-    except (OSError, SafetensorError) as error:
+            with processes.agreeing():
+                if first:
+                    _drop_buffers(final)
+    except OSError as error:
         former = [path for path in checkpoints(run) if path != final]
         way = f"the run goes on with --resume from {former[-1]}" if former else "it is the first"
         raise OSError(f"no checkpoint of step {step} could be written ({error}); {way}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for old in checkpoints(run)[:-keep]:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+    for old in checkpoints(run)[:-keep] if first else []:
         leaving = run / f".{old.name}.{os.getpid()}"
         os.replace(old, leaving)
         shutil.rmtree(leaving)
     return final
 
 
+def _whole(
+    sae: SparseAutoencoder, optimizer: torch.optim.Optimizer
+) -> tuple[SparseAutoencoder, dict[str, Tensor]] | None:
+    """Give an SAE and the tensors of its training; of one that is spread, on rank 0 alone."""
+    tensors: dict[str, Tensor | None] = {"rows_since_fired": sae.rows_since_fired.cpu()}
+    names = [name for name, _ in sae.named_parameters()]
+    for number, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            tensor = torch.as_tensor(value)
+            if isinstance(sae, ShardedMatchingPursuitSAE) and sae.is_shared_out(
+                names[number], tensor
+            ):
+                tensors[f"{number}.{key}"] = sae.gather_rows(tensor)
+            else:
+                tensors[f"{number}.{key}"] = tensor.cpu().contiguous()
+    whole = sae.gather() if isinstance(sae, ShardedMatchingPursuitSAE) else sae
+    if whole is None:
+        return None
+    return whole, {key: tensor for key, tensor in tensors.items() if tensor is not None}
+
+
 def _write(
-    folder: Path, progress: dict[str, Any], parts: Parts, buffer: dict[str, Tensor] | None
+    folder: Path,
+    parts: Mapping[str, tuple[SparseAutoencoder, dict[str, Tensor]] | None],
+    buffer: dict[str, Tensor] | None,
+    name: str,
 ) -> None:
-    for name, (sae, optimizer) in parts.items():
-        sae.save_pretrained(folder / name)
-        tensors = {"rows_since_fired": sae.rows_since_fired.cpu()}
-        for number, state in optimizer.state_dict()["state"].items():
-            for key, value in state.items():
-                tensors[f"{number}.{key}"] = torch.as_tensor(value).cpu().contiguous()
-        save_file(tensors, folder / name / _STATE)
-    if buffer is not None:
-        save_file(buffer, folder / _BUFFER)
-    (folder / _PROGRESS).write_text(json.dumps(progress) + "\n")
+    """Write a process's parts and its buffer; OSError where the disk does not take them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for part, whole in parts.items():
+            if whole is not None:
+                sae, tensors = whole
+                sae.save_pretrained(folder / part)
+                save_file(tensors, folder / part / _STATE)
+        if buffer is not None:
+            save_file(buffer, folder / name)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
-def _drop_buffer(folder: Path) -> None:
+def _buffer(processes: Processes) -> str:
+    return "buffer.safetensors" if processes.size == 1 else f"buffer-{processes.rank}.safetensors"
+
+
+def _drop_buffers(folder: Path) -> None:
     files = checksums.listed(folder)
-    if files.pop(_BUFFER, None) is not None:
-        checksums.write_list(folder, files)
-    (folder / _BUFFER).unlink(missing_ok=True)
+    buffers = [name for name in files if name.startswith("buffer")]
+    if buffers:
+        checksums.write_list(folder, {n: files[n] for n in files if n not in buffers})
+    for left in folder.glob("buffer*.safetensors"):
+        left.unlink()
 
 
 def clear(run: Path) -> None:
@@ -176,6 +226,8 @@ def _read_progress(path: Path) -> dict[str, Any]:
     try:
         progress = json.loads(path.read_text())
         numbers = [progress[name] for name in _NUMBERS]
+        for stream in progress["streams"]:
+            numbers += [stream[name] for name in _NUMBERS_OF_STREAM]
     except OSError as error:
         raise OSError(f"{path} is missing or cannot be read ({error})") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -189,6 +241,7 @@ def _load_state(path: Path, sae: SparseAutoencoder, optimizer: torch.optim.Optim
     """Load the counters of dead latents and an optimiser's state."""
     tensors = _load_tensors(path)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = [name for name, _ in sae.named_parameters()]
     counters = tensors.pop("rows_since_fired", torch.empty(0))
     if counters.shape != sae.rows_since_fired.shape or counters.dtype != torch.int64:
         raise ValueError(f"{path} has no rows_since_fired of {len(sae.rows_since_fired)} latents")
@@ -198,6 +251,8 @@ def _load_state(path: Path, sae: SparseAutoencoder, optimizer: torch.optim.Optim
         if not re.fullmatch("[0-9]{1,9}", number) or int(number) >= len(parameters):
             raise ValueError(f"{path} holds {key!r}, of none of the {len(parameters)} parameters")
         shape = parameters[int(number)].shape
+        if isinstance(sae, ShardedMatchingPursuitSAE):
+            tensor = sae.take_own(names[int(number)], tensor)
         if tensor.shape not in (shape, torch.Size()):
             raise ValueError(f"{key} in {path} is {list(tensor.shape)}, not {list(shape)}")
         state.setdefault(int(number), {})[field] = tensor
@@ -205,13 +260,21 @@ def _load_state(path: Path, sae: SparseAutoencoder, optimizer: torch.optim.Optim
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
-def load_buffer(folder: Path) -> dict[str, Tensor] | None:
-    """State of the stream in a checkpoint; none in the last one of a finished run.
+def load_buffer(folder: Path, processes: Processes = ALONE) -> dict[str, Tensor] | None:
+    """State of this process's stream in a checkpoint.
+
+    There is none in the last one of a finished run, nor in one of another number of processes.
 
     Raises:
         OSError: it is damaged.
     """
-    return _load_tensors(folder / _BUFFER) if _BUFFER in checksums.listed(folder) else None
+    name = _buffer(processes)
+    if (
+        name not in checksums.listed(folder)
+        or _read_progress(folder / _PROGRESS)["processes"] != processes.size
+    ):
+        return None
+    return _load_tensors(folder / name)
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

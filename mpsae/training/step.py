@@ -9,11 +9,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mpsae.metrics import fvu
-from mpsae.sae import SparseAutoencoder
+from mpsae.metrics import fvu, total_variance
+from mpsae.sae import BatchMatchingPursuitSAE, BatchTopKSAE, SparseAutoencoder
+from mpsae.seeds import mixed
 from mpsae.sparse import l0
 from mpsae.training.config import TrainConfig
+from mpsae.training.distributed import Processes
 from mpsae.training.job import Job
+
+_FVUS = ("reconstruction", "multi_topk")  # losses in units of the rows' variance
 
 
 class NotFinite(ValueError):
@@ -39,7 +43,8 @@ def take_step(
     Args:
         config: of the run.
         job: the SAE.
-        rows: see :meth:`Job.rows`.
+        rows: see :meth:`Job.rows`; with ``job.processes`` this process's part of them, as many as
+            in each of the others.
         step: counted from 0.
         steps: of the whole run, where that is known.
         logged: say what was seen, which makes the device wait.
@@ -49,8 +54,13 @@ def take_step(
 
     Raises:
         NotFinite: loss or gradient is not finite; SAE, optimiser and counters are as they were.
+
+    Notes:
+        Over several processes the losses add up to those of all their rows: a part's FVU is
+        weighted by its share of the variance about the mean of all rows, a mean over rows by its
+        share of the rows.
     """
-    sae = job.sae.train()
+    sae, processes = job.sae.train(), job.processes
     config.schedule(sae, step)
     rate = learning_rate(config, step, steps)
     for group in job.optimizer.param_groups:
@@ -60,21 +70,24 @@ def take_step(
     losses_seen: list[Tensor] = []
     counters = {name: buffer.clone() for name, buffer in sae.named_buffers()}
     parts = rows.chunk(config.accumulate)
-    total = _variance(job.split(rows)[-1]) if len(parts) > 1 else None
+    whole = len(parts) * processes.size == 1
+    total = None if whole else processes.variance(job.split(rows)[-1])
     for number, part in enumerate(map(job.split, parts)):
         target = part[-1]
-        share = len(target) / len(rows)
+        share = len(target) / (len(rows) * processes.size)
         # a part's FVU is over its own variance; so the sum is the FVU of all rows
-        of_variance = share if total is None else (_variance(target) / total).item()
+        of_variance = share if total is None else (total_variance(target) / total).item()
+        weights = dict.fromkeys(_FVUS, of_variance)
         with (
             _seeded(sae, (config.seed, step, number)),
             torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=bf16),
         ):
             output = sae(*part)
-        losses = {
-            name: value * (of_variance if name in _FVUS else share)
-            for name, value in output.losses.items()
-        }
+        if processes.size > 1 and "aux" in output.losses:  # in units of the residual's variance
+            residual = (target - output.reconstruction).detach()
+            own = total_variance(residual) / processes.variance(residual)
+            weights["aux"] = own.item() * share * processes.size
+        losses = {name: value * weights.get(name, share) for name, value in output.losses.items()}
         loss = torch.stack(list(losses.values())).sum()
         loss.backward()
         losses_seen.append(loss.detach())
@@ -85,9 +98,10 @@ def take_step(
             seen["l0"] = share * used
             for name, number in seen.items():
                 sums[name] = sums.get(name, 0.0) + number
-    limit = config.clip_grad_norm or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), limit)
-    found = torch.stack([norm, torch.stack(losses_seen).sum().to(norm)]).tolist()  # one wait
+    job.add_gradients()
+    norm = job.clip_gradients(config.clip_grad_norm or math.inf)
+    loss = processes.add(torch.stack(losses_seen).sum())
+    found = torch.stack([norm, loss.to(norm)]).tolist()  # one wait
     for name, value in zip(("gradient", "loss"), found, strict=True):
         if not math.isfinite(value):
             job.optimizer.zero_grad(set_to_none=True)
@@ -99,15 +113,22 @@ def take_step(
             )
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
+    if processes.size > 1 and isinstance(sae, (BatchTopKSAE, BatchMatchingPursuitSAE)):
+        _average_threshold(sae.threshold, processes)
     if not logged:
         return {}
     dead = sae.dead_latents().float().mean().item()
+    of_all = processes.add(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+    sums = dict(zip(sums, of_all, strict=True))
     return sums | {"dead_fraction": dead, "lr": rate, "gradient_norm": found[0]}
 
 
-def _variance(rows: Tensor) -> Tensor:
-    """Sum ||x - mean||^2."""
-    return (rows - rows.mean(0)).square().sum()
+def _average_threshold(threshold: Tensor, processes: Processes) -> None:
+    """Average a threshold over the processes that have learnt one: below 0 is none yet."""
+    found = processes.gather(threshold)
+    learnt = found >= 0
+    mean = (found * learnt).sum() / learnt.sum().clamp_min(1)
+    threshold.copy_(torch.where(learnt.any(), mean, threshold))
 
 
 @contextmanager
@@ -118,6 +139,5 @@ def _seeded(sae: SparseAutoencoder, numbers: tuple[int, int, int]) -> Iterator[N
         return
     device = sae.dictionary.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        seed, step, part = numbers
-        torch.manual_seed((seed * 2**40 + step * 2**16 + part) % 2**63)
+        torch.manual_seed(mixed(*numbers))
         yield

@@ -31,13 +31,14 @@ class Watch:
     Args:
         config: of the run.
         step: where the run goes on; events of later steps, which will be done again, are dropped.
+        of_all: report on SAEs too, and not on this process's activations alone.
 
     Notes:
         Atoms and collapse are looked at in logged steps, which wait for the device anyway.
     """
 
-    def __init__(self, config: TrainConfig, *, step: int = 0):
-        self.config, self.path = config, config.out / FILE
+    def __init__(self, config: TrainConfig, *, step: int = 0, of_all: bool = True):
+        self.config, self.path, self.of_all = config, config.out / FILE, of_all
         self._open: dict[tuple[str, str], int] = {}
         for event in kept_lines(self.path, step):
             key = event["name"], event["kind"]
@@ -103,6 +104,8 @@ class Watch:
             self._write(name, hookpoint, step, kind, said, done)
 
     def _write(self, name: str, hookpoint: str, step: int, kind: str, said: str, done: str) -> None:
+        if not self.of_all and kind != "activations":
+            return
         if done != "stopped":  # the error will say it
             tqdm.write(f"mpsae: {name}, step {step}: {kind} {done}: {said}", file=sys.stderr)
         event: dict[str, Any] = {"name": name, "hookpoint": hookpoint, "step": step, "kind": kind}
