@@ -103,20 +103,22 @@ def warm_up(arguments):
 
     from mpsae.activations import text
     from mpsae.cli.main import main
-    from mpsae.training import loop
+    from mpsae.training import stream
 
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # a thread, which no fork survives
     # one document without the package datasets, which has threads too
-    text.load_documents = lambda config, side="train": [Path(config.dataset).read_text()]
-    real, loaded = loop.load_language_model, {}
+    text.load_documents = lambda config, side="train", share=(0, 1): [
+        Path(config.dataset).read_text()
+    ]
+    real, loaded = stream.load_language_model, {}
 
     def load(name, **options):
         if name not in loaded:
             loaded[name] = real(name, **options)
         return loaded[name]
 
-    loop.load_language_model = load
+    stream.load_language_model = load
     with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nowhere:
         sys.stdout, kept = nowhere, sys.stdout
         main([*arguments, "--out", out])

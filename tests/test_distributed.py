@@ -18,7 +18,7 @@ from test_training import lines_of, llama, make, short_text
 from mpsae.activations import TextConfig, load_documents, sequences
 from mpsae.activations import replace as replaced
 from mpsae.cli.main import main
-from mpsae.training import TrainConfig, distributed, loop, state, train
+from mpsae.training import TrainConfig, distributed, interrupt, loop, state, train
 from mpsae.training.distributed import ALONE, Processes, rows_seen
 from mpsae.training.job import Job
 from mpsae.training.optimizers import make_optimizer
@@ -202,7 +202,7 @@ def test_resumed_processes_go_on_bit_for_bit(spread, make, llama, tmp_path):
         return train(config, **llama)
 
     ends = run_ranks(2, at_work(config, llama, stopped), tmp_path / "stopped")
-    assert [type(end) for end in ends] == [KeyboardInterrupt] * 2
+    assert [type(end) for end in ends] == [interrupt.Stopped] * 2
     assert [p.name for p in state.checkpoints(config.out)] == ["checkpoint-4", "checkpoint-6"]
     run_ranks(2, at_work(changed(config, resume=True), llama), tmp_path / "resumed")
     assert weights(config.out) == weights(whole.out)

@@ -154,7 +154,7 @@ def checkpoint(tmp_path_factory):
     sae(torch.ones(5, 6)).loss.backward()
     optimizer.step()
     parts = {"topk/a": (sae, optimizer)}
-    progress = {"tokens": 5, "sequences_read": 1, "sequences_of_pass": 1}
+    progress = {"tokens": 5, "streams": [{"sequences_read": 1, "sequences_of_pass": 1}]}
     buffer = {"numbers": torch.arange(4), "rows.a": torch.ones(3, 6)}
     run = tmp_path_factory.mktemp("run")
     return state.save_checkpoint(run, 3, progress, parts, buffer), parts
@@ -310,7 +310,7 @@ def test_any_number_trains_or_is_refused(name, tiny_models, text_file, tmp_path,
     from mpsae.activations import text
 
     words = text_file.read_text()[:3000]
-    monkeypatch.setattr(text, "load_documents", lambda config, side="train": [words])
+    monkeypatch.setattr(text, "load_documents", lambda config, side="train", share=(0, 1): [words])
     draw = random.Random(name)
     fixed = {"k": 2, "expansion_factor": 2, "max_tokens": 128, "batch_tokens": 64, "context": 16,
              "buffer_tokens": 256, "model_batch": 8}  # fmt: skip

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports from lower layers and its own, never from higher ones.
 LAYERS = [
     {"mpsae.kernels"},
-    {"mpsae.decode", "mpsae.largest", "mpsae.sparse", "mpsae.metrics"},
+    {"mpsae.decode", "mpsae.largest", "mpsae.sparse", "mpsae.metrics", "mpsae.seeds"},
     {"mpsae.coselection", "mpsae.fits", "mpsae.reference"},
     {
         "mpsae.checks",

@@ -136,7 +136,7 @@ def parts(monkeypatch):
     return {"topk/a": (sae, optimizer)}
 
 
-PROGRESS = {"tokens": 1, "sequences_read": 2, "sequences_of_pass": 3}
+PROGRESS = {"tokens": 1, "streams": [{"sequences_read": 2, "sequences_of_pass": 3}]}
 BUFFER = {"numbers": torch.arange(4)}
 
 

@@ -98,12 +98,15 @@ class ModelSource:
         self.text, self.side = text, side
         self.model_batch, self.check_finite = model_batch, check_finite
         self.share = share
+        self._widths: dict[str, int] = {}
         self.device: torch.device = model.device
         self.told: Told | None = None
 
     def widths(self) -> dict[str, int]:
         """Run the model on two tokens to see how many features each hookpoint passes on."""
-        return widths(self.model, self.hookpoints)
+        if not self._widths:
+            self._widths = widths(self.model, self.hookpoints)
+        return self._widths
 
     def rows(self, skip: int, before: int) -> Iterator[Rows]:
         """Read the text once, ``model_batch`` sequences at a time."""

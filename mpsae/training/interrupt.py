@@ -13,8 +13,11 @@ class Stopped(KeyboardInterrupt):
     """A run ended on a signal, with its checkpoint written."""
 
     def __init__(self, signal: signal.Signals):
-        super().__init__(f"stopped by {signal.name}")
+        super().__init__(signal)
         self.signal = signal
+
+    def __str__(self) -> str:
+        return f"stopped by {self.signal.name}"
 
 
 class Interrupt:

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from mpsae.activations import ShuffledStream
 from mpsae.sae.checkpoint import renamed
-from mpsae.training import memory, state
+from mpsae.training import state
 from mpsae.training.config import TrainConfig, input_of
 from mpsae.training.distributed import Processes, Seen, open_processes, rows_seen
 from mpsae.training.interrupt import Interrupt, Stopped
@@ -60,9 +59,9 @@ def train(config: TrainConfig, *, model: Any = None, tokenizer: Any = None) -> l
         of a process, and these and batch_matching_pursuit average what each learns as threshold.
         With ``distribute_modules`` every step is that of a single process, and so it is with
         ``dictionary_parallel``, where each process holds a part of the latents. The text ends for
-        all where it ends for one. A run may be resumed by another number of processes: it goes on with
-        empty buffers, behind as many sequences as were read, though where processes read documents
-        of their own not behind the same ones.
+        all where it ends for one. A run may be resumed by another number of processes: it goes on
+        with empty buffers, behind as many sequences as were read, though where processes read
+        documents of their own not behind the same ones.
     """
     with open_processes(config.device) as (processes, device):
         with processes.agreeing():
@@ -99,8 +98,6 @@ def _set_up(
             f"{len(config.hookpoints)}: {', '.join(config.hookpoints)}"
         )
     stream = open_stream(config, device, processes, model, tokenizer)
-    shares = size if config.dictionary_parallel else 1
-    memory.check(config, stream.source.widths(), torch.device(device), shares=shares)
     run = _Run(config, stream, processes)
     if existing:
         config.check_resumed(config.out / "config.json")

@@ -6,6 +6,7 @@ from typing import Any
 
 from mpsae.activations import CacheSource, ModelSource, ShuffledStream, Source, load_language_model
 from mpsae.seeds import mixed
+from mpsae.training import memory
 from mpsae.training.config import TrainConfig
 from mpsae.training.distributed import ALONE, Processes
 
@@ -27,7 +28,7 @@ def open_stream(
 
     Raises:
         OSError: model, dataset or cache cannot be read.
-        ValueError: a hookpoint or text that cannot be used.
+        ValueError: a hookpoint or text that cannot be used; a run that no memory holds.
     """
     source: Source
     share = processes.rank, processes.size
@@ -49,6 +50,9 @@ def open_stream(
             check_finite=config.buffer.check_finite,
             share=share,
         )
+    # before the buffer takes any
+    shares = processes.size if config.dictionary_parallel else 1
+    memory.check(config, source.widths(), source.device, shares=shares)
     return ShuffledStream(
         source,
         buffer_tokens=config.buffer.buffer_tokens,
