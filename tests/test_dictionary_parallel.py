@@ -97,6 +97,7 @@ def test_latents_spread_over_processes_take_the_steps_of_one(
     for name, tensor in written.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-9, atol=1e-9, msg=name)
     for line, whole in zip(untimed(config), untimed(alone), strict=True):
+        assert line.pop("name") == whole.pop("name")
         assert line == pytest.approx(whole, rel=1e-7, abs=1e-12)
     # what the equality is about did happen
     assert any("aux" in line for line in untimed(alone))
