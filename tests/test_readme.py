@@ -42,10 +42,22 @@ def test_the_python_example_runs():
         exec(compile(other, "README.md", "exec"), names)
 
 
+@pytest.fixture(scope="module")
+def folder_with_cache(tmp_path_factory):
+    """Folder to read commands in; one that trains from a cache looks at it at once."""
+    from mpsae.cli.main import main
+
+    folder = tmp_path_factory.mktemp("commands")
+    cache = ["cache", "--hookpoints", "layers.2", "--max_tokens", "512"]
+    assert main([*cache, "--out", str(folder / "runs" / "acts")]) == 0
+    return folder
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_parse(command):
+def test_commands_parse(command, folder_with_cache, monkeypatch):
     from mpsae.cli.main import _commands
 
+    monkeypatch.chdir(folder_with_cache)
     _, name, *arguments = shlex.split(command, comments=True)
     config, _ = _commands()[name]
     parser = ArgumentParser()
