@@ -21,7 +21,7 @@ test-integrations: $(HOSTS)/ready
 		tests/test_saelens_layout.py
 
 test-slow: $(READY)
-	@echo "== slow tests: every kernel compiled for every target"
+	@echo "== slow tests: every kernel for every target, twenty kills, long runs, four processes"
 	@$(BIN)/python -m pytest -m slow
 
 # no environment is made: the machine's python3 has to have torch, triton, numpy and pytest
