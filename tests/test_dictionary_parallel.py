@@ -34,8 +34,8 @@ def in_fp64(patch, rows_of=None):
     """Let the loop compute in fp64, on given rows if there are any; the rows that it saw."""
     real_jobs, real_step, seen = loop.make_jobs, loop.take_step, {}
 
-    def make_jobs(*arguments):
-        jobs = real_jobs(*arguments)
+    def make_jobs(*arguments, **known):
+        jobs = real_jobs(*arguments, **known)
         for job in jobs:
             job.sae.double()
         return jobs
@@ -121,6 +121,11 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_alone(spread, llama, tmp_path):
     alone = changed(whole, dictionary_parallel=False, resume=True, max_tokens=14 * 64)
     (first, _) = train(alone, **llama)
     assert len(first.sae.dictionary) == first.sae.config.d_sae
+
+
+def test_a_single_process_has_all_latents(spread, llama):
+    jobs = train(spread(), **llama)
+    assert [type(job.sae) for job in jobs] == [MatchingPursuitSAE] * 2
 
 
 def test_a_disk_that_is_full_ends_all_processes(spread, llama, tmp_path):

@@ -89,8 +89,13 @@ def job_names(config: TrainConfig) -> list[str]:
     return [job_name(a, hookpoint) for a in config.architecture for hookpoint in config.hookpoints]
 
 
-def make_jobs(config: TrainConfig, source: Source, hookpoints: Sequence[str]) -> list[Job]:
-    """Make the SAEs of these hookpoints, untrained, with optimisers, where the rows are."""
+def make_jobs(
+    config: TrainConfig, source: Source, hookpoints: Sequence[str], *, sharded: bool = False
+) -> list[Job]:
+    """Make the SAEs of these hookpoints, untrained, with optimisers, where the rows are.
+
+    With ``sharded`` those of a process of torch's group, which has a part of their latents.
+    """
     widths, device = source.widths(), source.device
     jobs = []
     sae: SparseAutoencoder
@@ -98,7 +103,7 @@ def make_jobs(config: TrainConfig, source: Source, hookpoints: Sequence[str]) ->
         for hookpoint in hookpoints:
             maps = is_transcoder(architecture)
             d_in = widths[input_of(hookpoint) if maps else hookpoint]
-            if config.dictionary_parallel:
+            if sharded:
                 sizes: Any = config.sae_config(architecture, d_in)
                 sae = ShardedMatchingPursuitSAE(sizes).to(device)
             else:

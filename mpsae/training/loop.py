@@ -111,12 +111,12 @@ class _Run:
     def __init__(self, config: TrainConfig, stream: ShuffledStream, processes: Processes):
         self.config, self.stream, self.processes = config, stream, processes
         self.seen: Seen = "own"
-        if config.distribute_modules or config.dictionary_parallel:
+        if processes.size > 1 and (config.distribute_modules or config.dictionary_parallel):
             self.seen = "owner" if config.distribute_modules else "all"
         owners = {name: i % processes.size for i, name in enumerate(config.hookpoints)}
         own = [n for n, rank in owners.items() if rank == processes.rank or self.seen != "owner"]
         self.owners = {input_of(name): rank for name, rank in owners.items()} | owners
-        self.jobs = make_jobs(config, stream.source, own)
+        self.jobs = make_jobs(config, stream.source, own, sharded=self.seen == "all")
         self.step = self.tokens = 0
         limit, batch = config.max_tokens, config.batch_tokens or 1
         self.steps = None if limit is None else limit // batch
@@ -163,10 +163,11 @@ class _Run:
                 bar.update()
                 if self._logged(self.step):
                     metrics = self._of_all(metrics)
-                    if log is not None:
-                        for name, values in metrics.items():
-                            log.write(name, self.step, values)
-                        bar.set_postfix_str(_summary(metrics))
+                    with processes.agreeing():
+                        if log is not None:
+                            for name, values in metrics.items():
+                                log.write(name, self.step, values)
+                    bar.set_postfix_str(_summary(metrics))
                 stopped = self._stopped(interrupt)
                 if self.step % config.checkpoint_every == 0 or stopped:
                     folder = self._save(self.stream.state_dict())
