@@ -3,8 +3,8 @@
     python bench/scaling.py --estimate        the tables of SCALING.md
 
 A training step is a sum of terms. Each takes the longer of its operations and its bytes at the
-rates below, over ``EFFICIENCY``, and then what it sends over links. Nothing overlaps. The language
-model that makes the activations is not counted.
+rates below, over ``EFFICIENCY``, and then what it sends over links. Nothing overlaps. Whole runs
+(:func:`in_turns`) have the language model that makes the activations beside it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from mpsae.activations import BufferConfig
 from mpsae.benchmark import work
 from mpsae.plan import MEMORY_SHARE
 
 # measured on an H200: products of 16 bits, copies
 FLOPS = 790e12
 BYTES = 4.3e12
+
+# of NVIDIA's data sheet of the H200: fp32 without tensor cores, which is torch's default
+FLOPS32 = 67e12
 
 # assumed: all of the following
 EFFICIENCY = 0.5  # of the bound, on the GPU
@@ -35,6 +39,12 @@ TILE = 128  # rows that share a read of the dictionary while streaming
 SPLIT = 3  # 16-bit products for one of fp32 accuracy
 STATE_BYTES = 4 + 4 + 8 + 2  # a parameter: fp32, gradient, Adam, 16-bit copy
 NORM_BYTES = 4 * 5 + 6  # parallel gradient removed, norm restored, 16-bit copy
+
+# as the package trains today, all of it in fp32: counted in its code
+TF32 = 6  # 16-bit products in the time of one of fp32 accuracy from three of TF32
+STATE_BYTES_TODAY = 4 + 4 + 8 + 4  # no copy; a product of weights and gradient for a moment
+NORM_BYTES_TODAY = 4 * (10 + 3 + 3)  # parallel gradient, norm, clipping
+SHARE_PASSES = 22 + 28  # over [B, d] in torch a step, forth and back (mpsae/sharded.py)
 
 Method = Literal["gram", "stream"]
 Layout = Literal["data", "dictionary"]
@@ -56,6 +66,21 @@ RUNS = {
 }
 MILLION = RUNS["a million atoms"]
 GPUS = (1, 8, 64)
+
+
+class Model(NamedTuple):
+    """A language model: parameters, and the share of its layers that the hookpoint needs."""
+
+    parameters: float
+    share: float
+
+
+# parameters as published; the model of the million atoms, and hookpoints half-way, are assumed
+MODELS = {
+    "Gemma-2-2b, the public run": Model(2.6e9, 13 / 26),  # layers 0 to 12
+    "Llama-3.1-8B": Model(8.0e9, 0.5),
+    "a million atoms": Model(8.0e9, 0.5),
+}
 
 
 class Term(NamedTuple):
@@ -165,11 +190,6 @@ def unasked(sizes: Sizes) -> tuple[Method, float]:
     return "gram" if pays and 2 * sizes.n**2 <= limit else "stream", limit
 
 
-def forward_speed(parameters: float) -> float:
-    """Tokens a second through a whole language model on one GPU: 2 FLOP a parameter."""
-    return 1 / Term(flops=2 * parameters).seconds()
-
-
 def lazy_rows(sizes: Sizes) -> tuple[Term, int]:
     """Count a batch with Gram rows built as their atoms come up, and the rows that go together.
 
@@ -207,16 +227,113 @@ class Estimate(NamedTuple):
 
 
 def ways(sizes: Sizes, gpus: int) -> Iterator[Estimate]:
-    """Give the ways to train that fit."""
+    """Give the ways to train that fit, the language model left out."""
+    for method, layout in _splits(gpus):
+        taken = memory(sizes, method, layout, gpus)
+        if taken <= MEMORY:
+            parts = terms(sizes, method, layout, gpus)
+            yield _estimate(method, layout, gpus, parts, taken)
+
+
+def _splits(gpus: int) -> Iterator[tuple[Method, Layout]]:
     layouts: tuple[Layout, ...] = ("data", "dictionary") if gpus > 1 else ("data",)
     methods: tuple[Method, ...] = ("gram", "stream")
     for layout in layouts:
         for method in methods:
-            taken = memory(sizes, method, layout, gpus)
-            if taken <= MEMORY:
-                parts = terms(sizes, method, layout, gpus)
-                seconds = {name: term.seconds(gpus) for name, term in parts.items()}
-                yield Estimate(method, layout, gpus, seconds, taken)
+            yield method, layout
+
+
+def _estimate(
+    method: Method, layout: Layout, gpus: int, parts: dict[str, Term], taken: float
+) -> Estimate:
+    seconds = {name: term.seconds(gpus) for name, term in parts.items()}
+    return Estimate(method, layout, gpus, seconds, taken)
+
+
+def terms_today(
+    sizes: Sizes, method: Method, layout: Layout = "data", gpus: int = 1
+) -> dict[str, Term]:
+    """Count a training step as :func:`terms` does, done as the package does it, in fp32.
+
+    ``data``: each GPU rebuilds the whole Gram matrix. ``dictionary``, streaming alone: a step
+    reduces 8 bytes a row and sums its atom, backward sums the atom again, and one more sum
+    decodes; all GPUs work on all rows in torch, forth and back.
+    """
+    found = terms(sizes, method, layout, gpus)
+    B, d, n, k = sizes
+    apart = layout == "dictionary" and gpus > 1
+    rows, atoms = (B, n / gpus) if apart else (B / gpus, n)
+    norms = (work.adam(1).bytes + NORM_BYTES_TODAY) * atoms * d
+    found["Adam and norms"] = Term(bytes=norms)
+    if method == "gram":
+        found["first product"] = Term(flops=2 * rows * d * atoms * FLOPS / FLOPS32)
+        # a pass in 16 bits and one in TF32, each over half
+        found["Gram matrix"] = Term((1 + TF32) / 2 * work.gram(d, n, 2).flops, 2 * n * n)
+    else:
+        found["streamed products"] = Term(
+            TF32 * 2 * rows * k * d * atoms, 4 * k * d * atoms * math.ceil(rows / TILE)
+        )
+    if not apart:
+        found["backward"] = Term(bytes=work.pursuit_backward(1, d, n, k, 4).bytes * rows)
+        return found
+    del found["gradient"], found["backward"]
+    sent_twice = k * (8 * B + 2 * 4 * B * d) + 4 * B * d
+    found["exchange of each step"] = Term(
+        link=2 * (1 - 1 / gpus) * sent_twice, collectives=3 * k + 1
+    )
+    found["rows in torch"] = Term(bytes=SHARE_PASSES * k * 4 * B * d)
+    return found
+
+
+def memory_today(sizes: Sizes, method: Method, layout: Layout = "data", gpus: int = 1) -> float:
+    """Bytes on each GPU as :func:`memory`, with what the package keeps of weights."""
+    atoms = sizes.n / gpus if layout == "dictionary" else sizes.n
+    more = STATE_BYTES_TODAY - STATE_BYTES
+    return memory(sizes, method, layout, gpus) + more * atoms * sizes.d
+
+
+def forward(model: Model, rows: float, *, today: bool) -> Term:
+    """Count a model on so many tokens up to its hookpoint: fp32 today, 16 bits as it could be."""
+    return Term(flops=2 * model.parameters * model.share * rows * (FLOPS / FLOPS32 if today else 1))
+
+
+def in_turns(sizes: Sizes, gpus: int, model: Model | None, *, today: bool) -> Iterator[Estimate]:
+    """Give the ways to train that fit beside a language model that each GPU runs on its rows.
+
+    Args:
+        sizes, gpus: of the run.
+        model: None where the activations come from a cache.
+        today: the ways that commands of the package have, the model in fp32; otherwise all of
+            :func:`ways`, the model in 16 bits.
+    """
+    B, d, n, _ = sizes
+    beside = 4.0 * d * max(BufferConfig().buffer_tokens, 2 * B)
+    if model is not None:
+        beside += (4 if today else 2) * model.parameters
+    for method, layout in _splits(gpus):
+        if today and method == "gram":
+            free = DEVICE_MEMORY - beside - memory_today(sizes, "stream")
+            if layout == "dictionary" or 2 * n * n > MEMORY_SHARE * free:
+                continue
+        taken = beside + (memory_today if today else memory)(sizes, method, layout, gpus)
+        if taken > MEMORY:
+            continue
+        parts = (terms_today if today else terms)(sizes, method, layout, gpus)
+        if model is not None:
+            parts["language model"] = forward(model, B / gpus, today=today)
+        if layout == "dictionary":
+            parts["rows to all"] = Term(link=4 * B * d * (1 - 1 / gpus), collectives=1)
+        yield _estimate(method, layout, gpus, parts, taken)
+
+
+def cache_bytes(sizes: Sizes, tokens: float) -> float:
+    """Bytes of so many tokens in the activation cache: bf16."""
+    return 2 * sizes.d * tokens
+
+
+def fastest(found: Iterator[Estimate]) -> Estimate:
+    """Take the shortest step."""
+    return min(found, key=lambda way: way.step)
 
 
 def rows_to_hide_latency(sizes: Sizes, way: Estimate) -> float:

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import estimate
-from estimate import BYTES, EFFICIENCY, FLOPS, GPUS, LINK, MEMORY, MILLION, PRICE, RUNS, TOKENS
+from estimate import (
+    BYTES,
+    EFFICIENCY,
+    FLOPS,
+    FLOPS32,
+    GPUS,
+    LINK,
+    MEMORY,
+    MILLION,
+    MODELS,
+    PRICE,
+    RUNS,
+    TOKENS,
+)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -22,6 +35,8 @@ def tables() -> dict[str, str]:
         "crossovers": _crossovers(),
         "ways": _ways(),
         "runs": _runs(),
+        "with the model": _with_the_model(),
+        "from a cache": _from_a_cache(),
     }
 
 
@@ -30,8 +45,20 @@ def _assumptions() -> str:
         [f"link of {gpus} GPUs, one way; a collective", f"{_si(speed)}B/s; {_time(latency)}"]
         for gpus, (speed, latency) in LINK.items()
     ]
+    models = [
+        [
+            f"model of {name}",
+            f"{model.parameters / 1e9:.1f}e9 parameters, {model.share:.0%} of its layers",
+        ]
+        for name, model in MODELS.items()
+    ]
+    speeds = " and ".join(
+        _digits(1 / estimate.forward(MODELS["Llama-3.1-8B"], 1, today=today).seconds())
+        for today in (True, False)
+    )
     rows = [
         ["16-bit products (measured)", f"{_si(FLOPS)}FLOP/s"],
+        ["fp32 products (data sheet)", f"{_si(FLOPS32)}FLOP/s"],
         ["memory (measured)", f"{_si(BYTES)}B/s"],
         ["part of these rates that is reached", f"{EFFICIENCY:.0%}"],
         ["memory that can be filled", f"{_si(MEMORY)}B"],
@@ -40,8 +67,8 @@ def _assumptions() -> str:
         *links,
         ["price of a GPU hour", f"${PRICE:.2f}"],
         ["tokens of a run", _si(TOKENS).strip()],
-        ["not counted: a model of 8e9 parameters run forward, tokens/s of a GPU",
-         _digits(estimate.forward_speed(8e9))],
+        *models,
+        ["tokens/s of a GPU through the larger model, in fp32 and in 16 bits", speeds],
     ]  # fmt: skip
     return markdown(["quantity", "value"], rows)
 
@@ -108,7 +135,6 @@ def _ways() -> str:
     for name, sizes in RUNS.items():
         for gpus in GPUS:
             for way in estimate.ways(sizes, gpus):
-                longest = max(way.seconds, key=way.seconds.__getitem__)
                 hidden = "-"
                 if way.layout == "dictionary":
                     hidden = _digits(estimate.rows_to_hide_latency(sizes, way))
@@ -116,7 +142,7 @@ def _ways() -> str:
                     [
                         name, str(gpus), way.method, way.layout if gpus > 1 else "-",
                         f"{_si(way.bytes)}B", _time(way.step),
-                        f"{longest}, {way.seconds[longest] / way.step:.0%}", hidden,
+                        _longest(way), hidden,
                     ]
                 )  # fmt: skip
     header = [
@@ -140,18 +166,83 @@ def _runs() -> str:
             rows.append(_run(name, ways[0], ways[0].layout if gpus > 1 else ""))
             taken = estimate.unasked(sizes)[0]
             if gpus == 1 and ways[0].method != taken:
-                (today,) = (way for way in ways if way.method == taken)
-                rows.append(_run(name, today, "as the plan takes today"))
+                (unasked,) = (way for way in ways if way.method == taken)
+                rows.append(_run(name, unasked, "as the plan takes unasked"))
     return markdown(["run", "GPUs", "way", "tokens/s", "hours", "GPU hours", "cost"], rows)
 
 
 def _run(name: str, way: estimate.Estimate, note: str) -> list[str]:
-    speed = RUNS[name].B / way.step
-    hours = TOKENS / speed / 3600
+    speed, hours, cost = _spent(RUNS[name], way)
     return [
         name, str(way.gpus), f"{way.method}, {note}".removesuffix(", "), _digits(speed),
-        _digits(hours), _digits(hours * way.gpus), f"${_digits(hours * way.gpus * PRICE)}",
+        _digits(hours), _digits(hours * way.gpus), f"${_digits(cost)}",
     ]  # fmt: skip
+
+
+def _with_the_model() -> str:
+    rows = []
+    for name, sizes in RUNS.items():
+        for gpus in GPUS:
+            row = [name, str(gpus)]
+            for today in (True, False):
+                way = estimate.fastest(estimate.in_turns(sizes, gpus, MODELS[name], today=today))
+                row += [_in_short(sizes, way), _longest(way)]
+            rows.append(row)
+    header = ["as it runs today", "longest part", "best of the estimate", "longest part"]
+    shares = []
+    for gpus in GPUS[1:]:
+        found = estimate.in_turns(MILLION, gpus, MODELS["a million atoms"], today=True)
+        (way,) = (way for way in found if way.layout == "dictionary")
+        shares.append(f"on {gpus} GPUs {_in_short(MILLION, way)} ({_longest(way)})")
+    return (
+        markdown(["run", "GPUs", *header], rows)
+        + f"\n\nA million atoms with `--dictionary_parallel`: {'; '.join(shares)}."
+    )
+
+
+def _in_short(sizes: estimate.Sizes, way: estimate.Estimate) -> str:
+    speed, _, cost = _spent(sizes, way)
+    described = f"{way.method}, {way.layout}" if way.gpus > 1 else way.method
+    return f"{described}: {_digits(speed)} tokens/s, {_si(way.bytes)}B, ${_digits(cost)}"
+
+
+def _from_a_cache() -> str:
+    rows = []
+    for name, sizes in RUNS.items():
+        made = TOKENS * estimate.forward(MODELS[name], 1, today=True).seconds() / 3600
+        for gpus in GPUS:
+            again, cached = (
+                estimate.fastest(estimate.in_turns(sizes, gpus, model, today=True))
+                for model in (MODELS[name], None)
+            )
+            speed, _, cost = _spent(sizes, cached)
+            rows.append(
+                [
+                    name, str(gpus),
+                    f"{_si(estimate.cache_bytes(sizes, TOKENS))}B; {_digits(made)} h,"
+                    f" ${_digits(made * PRICE)}",
+                    _digits(speed),
+                    f"{_si(estimate.cache_bytes(sizes, speed))}B/s",
+                    f"${_digits(cost)}, not ${_digits(_spent(sizes, again)[2])}",
+                ]
+            )  # fmt: skip
+    header = [
+        "run", "GPUs", "disk; made on one GPU", "tokens/s from it", "to be read",
+        "cost of a training",
+    ]  # fmt: skip
+    return markdown(header, rows)
+
+
+def _spent(sizes: estimate.Sizes, way: estimate.Estimate) -> tuple[float, float, float]:
+    """Tokens a second, hours and dollars of a run."""
+    speed = sizes.B / way.step
+    hours = TOKENS / speed / 3600
+    return speed, hours, hours * way.gpus * PRICE
+
+
+def _longest(way: estimate.Estimate) -> str:
+    longest = max(way.seconds, key=way.seconds.__getitem__)
+    return f"{longest}, {way.seconds[longest] / way.step:.0%}"
 
 
 def _digits(value: float) -> str:
@@ -160,7 +251,7 @@ def _digits(value: float) -> str:
 
 
 def _si(value: float) -> str:
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g} {prefix}"
     return f"{value:.3g} "

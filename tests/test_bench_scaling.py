@@ -10,7 +10,7 @@ import pytest
 import save
 import scaling
 import torch
-from estimate import RUNS, Term
+from estimate import GPUS, MILLION, MODELS, RUNS, Model, Term
 from exponents import Point, exponents, fit, table
 
 ROOT = Path(__file__).parent.parent
@@ -195,8 +195,135 @@ def test_a_run_that_the_plan_would_stream_is_shown_both_ways():
     lines = estimate_tables.tables()["runs"].split("\n")
     alone = [line for line in lines if "Llama-3.1-8B | 1 |" in line]
     assert ["| gram |" in line for line in alone] == [True, False]
-    assert "| stream, as the plan takes today |" in alone[1]
-    assert sum("today" in line for line in lines) == 1
+    assert "| stream, as the plan takes unasked |" in alone[1]
+    assert sum("unasked" in line for line in lines) == 1
+
+
+def test_terms_as_they_run_today():
+    gram, stream = (estimate.terms_today(GEMMA, m, "data", 8) for m in ("gram", "stream"))
+    assert gram["first product"].flops == pytest.approx(463_856_467_968 / 8 * 790 / 67)
+    assert gram["Gram matrix"].flops == 3.5 * 4_947_802_324_992  # whole on each: 7 d n^2
+    assert gram["Gram matrix"].link == 0
+    assert stream["streamed products"].flops == 6 * 85 * 463_856_467_968 / 8
+    assert stream["streamed products"].bytes == 85 * 3 * 2 * 150_994_944  # fp32, 384 rows
+    assert gram["backward"].bytes == 3072 / 8 * 12 * 85 * 2304
+    assert gram["Adam and norms"].bytes == 75_497_472 * (32 + 64)  # repeated on each
+    assert gram["gradient"] == estimate.terms(GEMMA, "gram", "data", 8)["gradient"]
+
+
+def test_terms_by_atoms_as_they_run_today():
+    parts = estimate.terms_today(GEMMA, "stream", "dictionary", 8)
+    rows = 3072 * 2304
+    assert parts["streamed products"].flops == 6 * 85 * 463_856_467_968 / 8
+    step = parts["exchange of each step"]
+    assert step.collectives == 3 * 85 + 1  # a maximum, an atom, the atom in backward; the decode
+    # each sum and maximum is sent twice: 8 bytes a row, and the atom forth and back in fp32
+    assert step.link == pytest.approx(2 * 7 / 8 * (85 * (8 * 3072 + 8 * rows) + 4 * rows))
+    assert parts["rows in torch"].bytes == 4 * 50 * 85 * rows  # not divided by the GPUs
+    assert parts["Adam and norms"].bytes == 75_497_472 * (32 + 64) / 8
+    assert not {"gradient", "backward"} & parts.keys()
+
+
+def test_products_cost_what_the_kernels_say():
+    pytest.importorskip("triton")
+    from mpsae.kernels import triton_pursuit
+
+    assert triton_pursuit._SPLIT_PRODUCT == estimate.SPLIT
+    assert triton_pursuit._TF32_PRODUCT == estimate.TF32
+    # fp32 rows without tensor cores, of a product in 16 bits
+    ratio = estimate.FLOPS / estimate.FLOPS32
+    assert ratio == pytest.approx(triton_pursuit._FP32_PRODUCT, rel=0.02)
+
+
+def test_a_model_costs_two_operations_a_parameter_up_to_its_hookpoint():
+    model = Model(8e9, 0.25)
+    assert estimate.forward(model, 1000, today=False).flops == 2 * 8e9 * 0.25 * 1000
+    # in fp32 at half of 67 TFLOP/s
+    assert estimate.forward(model, 1000, today=True).seconds() == pytest.approx(4e12 / 33.5e12)
+
+
+@pytest.mark.parametrize(("name", "gpus"), [(name, g) for name in RUNS for g in GPUS], ids=str)
+def test_in_turns_a_step_is_the_models_and_the_saes(name, gpus):
+    sizes, model = RUNS[name], MODELS[name]
+    for today, taken, itemsize in ((True, estimate.memory_today, 4), (False, estimate.memory, 2)):
+        buffer = 4 * sizes.d * 2**17
+        found = {w[:2]: w for w in estimate.in_turns(sizes, gpus, model, today=today)}
+        alone = {w[:2]: w for w in estimate.in_turns(sizes, gpus, None, today=today)}
+        own = estimate.forward(model, sizes.B / gpus, today=today).seconds()
+        assert found
+        for key, way in found.items():
+            assert way.step == pytest.approx(alone[key].step + own)
+            sae = taken(sizes, *key, gpus)
+            assert way.bytes == pytest.approx(sae + buffer + itemsize * model.parameters)
+            assert way.bytes <= estimate.MEMORY
+    best = {w[:2]: w.step for w in estimate.in_turns(sizes, gpus, model, today=False)}
+    for way in estimate.in_turns(sizes, gpus, model, today=True):
+        assert way[:2] != ("gram", "dictionary")  # of which there is no code
+        assert way.step > best[way[:2]]
+
+
+def test_a_gram_matrix_above_the_limit_of_the_plan_is_not_shown_as_running_today():
+    llama = RUNS["Llama-3.1-8B"]
+    state = 141e9 - 20 * 131072 * 4096 - 4 * 4096 * 2**17
+    assert 0.25 * state < 2 * 131072**2  # even without the model
+    for model in (MODELS["Llama-3.1-8B"], None):
+        assert {w.method for w in estimate.in_turns(llama, 1, model, today=True)} == {"stream"}
+    fits = llama._replace(n=98304)
+    assert "gram" in {w.method for w in estimate.in_turns(fits, 1, None, today=True)}
+
+
+def test_a_million_atoms_fit_as_copies_beside_a_model_and_twice_as_many_only_in_shares():
+    def layouts(sizes):
+        found = estimate.in_turns(sizes, 8, MODELS["a million atoms"], today=True)
+        return {way.layout for way in found}
+
+    assert layouts(MILLION) == {"data", "dictionary"}
+    assert layouts(MILLION._replace(n=2**21)) == {"dictionary"}
+
+
+def cells(name):
+    lines = estimate_tables.tables()[name].split("\n\n")[0].split("\n")[2:]
+    return [line.strip("| ").split(" | ") for line in lines]
+
+
+def test_the_table_with_the_model_shows_the_fastest_ways():
+    table = cells("with the model")
+    assert [row[:2] for row in table] == [[name, str(gpus)] for name in RUNS for gpus in GPUS]
+    for name, gpus, *shown in table:
+        for (cell, longest), today in zip((shown[:2], shown[2:]), (True, False), strict=True):
+            found = estimate.in_turns(RUNS[name], int(gpus), MODELS[name], today=today)
+            way = min(found, key=lambda way: way.step)
+            described, figures = cell.split(": ")
+            assert described.split(", ") == [way.method, way.layout][: 2 if int(gpus) > 1 else 1]
+            speed, memory, cost = figures.split(", ")
+            exact = RUNS[name].B / way.step
+            assert float(speed.split()[0].replace(",", "")) == pytest.approx(exact, rel=0.005)
+            assert float(memory.split()[0]) == pytest.approx(way.bytes / 1e9, rel=0.005)
+            dollars = HOURS / exact * int(gpus) * 3
+            assert float(cost.strip("$").replace(",", "")) == pytest.approx(dollars, rel=0.005)
+            part, share = longest.rsplit(", ", 1)
+            assert way.seconds[part] == max(way.seconds.values())
+            assert share == f"{way.seconds[part] / way.step:.0%}"
+
+
+def test_a_cache_has_two_bytes_a_feature_and_saves_what_it_cost():
+    for name, gpus, disk, speed, read, cost in cells("from a cache"):
+        sizes = RUNS[name]
+        space, made = disk.split("; ")
+        assert float(space.split()[0]) == pytest.approx(2 * sizes.d * 300e6 / 1e12, rel=0.005)
+        number, unit = read.split()
+        wanted = 2 * sizes.d * float(speed.replace(",", ""))
+        scale = {"GB/s": 1e9, "MB/s": 1e6, "kB/s": 1e3}[unit]
+        assert float(number) * scale == pytest.approx(wanted, rel=0.01)
+        cached, again = (
+            estimate.fastest(estimate.in_turns(sizes, int(gpus), model, today=True)).step
+            for model in (None, MODELS[name])
+        )
+        # the model's GPU hours are the same on one GPU and on many
+        hours = HOURS / sizes.B * (again - cached) * int(gpus)
+        assert float(made.split()[0]) == pytest.approx(hours, rel=0.005)
+        assert float(made.split("$")[1]) == pytest.approx(3 * hours, rel=0.005)
+        assert cost.count("$") == 2
 
 
 @pytest.fixture
