@@ -41,7 +41,8 @@ def write(
     text = TextConfig(dataset=str(path), context=24)
     source = ModelSource(*loaded["llama"], hookpoints, text, model_batch=8)
     index = Index(
-        model=str(model), hookpoints=source.widths(), dtype=dtype, model_batch=8,
+        model=str(model), hookpoints=source.widths(), dtype=dtype, model_dtype="fp32",
+        model_batch=8,
         shard_tokens=shard_tokens, text=asdict(text),
     )  # fmt: skip
     write_cache(folder, source, index, **options)
@@ -321,3 +322,27 @@ def test_dry_run_from_the_cache_knows_the_sizes(make, cache, capsys, monkeypatch
     assert not config.out.exists()
     assert main([*call, "-k", "3", "--architecture", "transcoder"]) == 2
     assert "no hookpoint 'layers.1:input' in the cache" in capsys.readouterr().err
+
+
+def test_a_model_in_16_bits_is_one_setting_of_cache_and_training(tiny_models, short_text, tmp_path):
+    folder, out = tmp_path / "bf16", tmp_path / "run"
+    model, text = str(tiny_models["llama"][0]), str(short_text)
+    command = ["cache", model, text, "--hookpoints", "layers.1", "--dtype", "fp32"]
+    assert main([*command, "--context", "24", "--model_dtype", "bf16", "--out", str(folder)]) == 0
+    rows = torch.cat([row.values["layers.1"] for row in CacheSource(folder).rows(0, 0)])
+    assert torch.equal(rows, rows.bfloat16().float())
+    given = ["--k", "2", "--d_sae", "32", "--batch_tokens", "64", "--max_tokens", "128"]
+    train = ["train", "--cache", str(folder), "--hookpoints", "layers.1", *given]
+    assert main([*train, "--out", str(out)]) == 0
+    assert json.loads((out / "config.json").read_text())["model_dtype"] == "bf16"
+    # and without the cache
+    direct = ["train", model, text, "--context", "24", "--hookpoints", "layers.1", *given]
+    assert main([*direct, "--model_dtype", "bf16", "--out", str(tmp_path / "direct")]) == 0
+    sae = SparseAutoencoder.from_pretrained(tmp_path / "direct" / "matching_pursuit" / "layers.1")
+    assert sae.dictionary.dtype == torch.float32
+
+
+@pytest.mark.parametrize("command", ["cache", "train"])
+def test_a_dtype_of_the_model_that_is_unknown_is_refused(command, tmp_path, capsys):
+    assert main([command, "--model_dtype", "int8", "--out", str(tmp_path / "x")]) == 2
+    assert "model_dtype must be one of bf16, fp16, fp32, not 'int8'" in capsys.readouterr().err

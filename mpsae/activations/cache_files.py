@@ -25,12 +25,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mpsae import checks
+from mpsae.activations.model import DTYPES
 from mpsae.activations.text import TextConfig
 from mpsae.sae.checkpoint import renamed
 
 INDEX_FILE = "index.json"
 FORMAT, VERSION = "mpsae activations", 1
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}  # in safetensors
 _LENGTHS = "lengths"
 
@@ -54,6 +54,8 @@ class Index:
     hookpoints: dict[str, int]
     """Width of each."""
     dtype: str
+    model_dtype: str
+    """Of the model's weights."""
     model_batch: int
     """Sequences a pass of the model: its products depend on it in the last bits."""
     shard_tokens: int
@@ -146,7 +148,8 @@ def _parse_index(written: Any) -> Index:
         raise ValueError(f"shards must be a list, not {shards!r}")
     _check_fields(Index, settings)
     _check_fields(TextConfig, settings["text"])  # an object, as the first check has seen
-    checks.choice("dtype", settings["dtype"], list(DTYPES))
+    for name in ("dtype", "model_dtype"):
+        checks.choice(name, settings[name], list(DTYPES))
     for name, width in settings["hookpoints"].items():
         if type(width) is not int or width < 1:
             raise ValueError(f"the width of {name!r} must be at least 1, not {width!r}")

@@ -24,8 +24,7 @@ from mpsae.activations import (
     widths,
     write_cache,
 )
-from mpsae.activations.cache_files import DTYPES
-from mpsae.activations.model import EMBEDDED
+from mpsae.activations.model import DTYPES, EMBEDDED
 from mpsae.training import pick_device
 from mpsae.training.config import HOOKPOINT
 
@@ -46,12 +45,16 @@ class CacheConfig:
     dtype: str = "bf16"
     """bf16 holds whatever a model makes, to 3 digits; fp16 has 4 and ends at 65504, beyond which
     the command stops; fp32 keeps every bit in twice the space."""
+    model_dtype: str = "fp32"
+    """Of the model's weights and products: fp32, bf16 or fp16, as the model is going to be used."""
     shard_tokens: int = 2**16
     """Tokens a file; as many are held in memory, and lost when the command is interrupted."""
     model_batch: int = 32
     """Sequences a forward pass of the model."""
     device: str = "auto"
     """cuda, cpu, or auto: a GPU where there is one."""
+    trust_remote_code: bool = False
+    """Run the code that a model's own repository brings."""
     out: Path = Path("activations")
     """The folder. The same command goes on where an earlier one stopped, or to more max_tokens."""
 
@@ -60,7 +63,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         self.out = Path(self.out)
         self.text.dataset = self.dataset
-        checks.choice("dtype", self.dtype, list(DTYPES))
+        for name in ("dtype", "model_dtype"):
+            checks.choice(name, getattr(self, name), list(DTYPES))
         for name in ("max_tokens", "shard_tokens", "model_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -75,8 +79,12 @@ def run(config: CacheConfig) -> None:
     """Say what it takes, then write the cache; or say that it is there already."""
     wanted = Index(
         model=config.model,
-        hookpoints=widths(empty_model(config.model), config.hookpoints),
+        hookpoints=widths(
+            empty_model(config.model, trust_remote_code=config.trust_remote_code),
+            config.hookpoints,
+        ),
         dtype=config.dtype,
+        model_dtype=config.model_dtype,
         model_batch=config.model_batch,
         shard_tokens=config.shard_tokens,
         text=asdict(config.text),
@@ -93,7 +101,12 @@ def run(config: CacheConfig) -> None:
             f"a smaller --max_tokens ({index.tokens + free // index.token_bytes:,} would fit), "
             "fewer --hookpoints or another --out"
         )
-    model, tokenizer = load_language_model(config.model, device=pick_device(config.device))
+    model, tokenizer = load_language_model(
+        config.model,
+        device=pick_device(config.device),
+        dtype=DTYPES[config.model_dtype],
+        trust_remote_code=config.trust_remote_code,
+    )
     source = ModelSource(
         model, tokenizer, config.hookpoints, config.text, model_batch=config.model_batch
     )

@@ -12,7 +12,7 @@ from simple_parsing import field as option
 
 from mpsae import checks
 from mpsae.activations import BufferConfig, TextConfig, read_index
-from mpsae.activations.model import EMBEDDED
+from mpsae.activations.model import DTYPES, EMBEDDED
 from mpsae.sae import (
     ARCHITECTURES,
     MatchingPursuitSAE,
@@ -92,6 +92,9 @@ class TrainConfig:
     """bf16 autocast; on a GPU by default."""
     device: str = "auto"
     """cuda, cpu, or auto: a GPU where there is one."""
+    model_dtype: str = "fp32"
+    """Of the language model's weights and products: fp32, bf16 or fp16. Its activations are trained
+    on in fp32 all the same."""
     dictionary_parallel: bool = False
     """Under torchrun, spread the latents of each matching_pursuit SAE over the processes, which all
     see the whole batch: for dictionaries that one device does not hold."""
@@ -135,6 +138,7 @@ class TrainConfig:
         if self.dataset == "stdlib":
             self.dataset = self.text.dataset
         self.text.dataset = self.dataset
+        checks.choice("model_dtype", self.model_dtype, list(DTYPES))
         if self.cache is not None:
             self._take_from_cache(Path(self.cache))
         if self.batch_tokens is None:
@@ -213,15 +217,16 @@ class TrainConfig:
     def _take_from_cache(self, folder: Path) -> None:
         """Take what the cache was made with, where it is left at the default here."""
         self.cache, index = folder, read_index(folder)
-        own = {"model": self.model} | asdict(self.text)
-        theirs = {"model": index.model} | index.text
-        defaults = {"model": EMBEDDED} | asdict(TextConfig())
+        own = {"model": self.model, "model_dtype": self.model_dtype} | asdict(self.text)
+        theirs = {"model": index.model, "model_dtype": index.model_dtype} | index.text
+        defaults = {"model": EMBEDDED, "model_dtype": "fp32"} | asdict(TextConfig())
         for name, value in own.items():
             if value not in (defaults[name], theirs[name]):
                 raise ValueError(
                     f"{name}={value!r} is not that of the cache {folder}, which was made with "
                     f"{theirs[name]!r}; it can be left out"
                 )
+        self.model_dtype = index.model_dtype
         self.model, self.dataset, self.text = index.model, theirs["dataset"], index.text_config()
         if self.hookpoints == [HOOKPOINT] and HOOKPOINT not in index.hookpoints:
             self.hookpoints = list(index.hookpoints)

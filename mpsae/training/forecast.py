@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpsae.activations import CacheSource, empty_model, widths
+from mpsae.activations.model import DTYPES
 from mpsae.benchmark import work
 from mpsae.benchmark.machine import measured_rates
 from mpsae.benchmark.work import Work
@@ -103,9 +104,9 @@ def forecast(config: TrainConfig, device: str) -> RunForecast:
     return RunForecast(
         jobs,
         parameters,
-        4 * parameters,
+        DTYPES[config.model_dtype].itemsize * parameters,
         4 * sum(features.values()) * config.buffer.buffer_tokens,
-        Work(2 * parameters * batch, 4 * parameters).bound(rates),
+        Work(2 * parameters * batch, 4 * parameters, DTYPES[config.model_dtype]).bound(rates),
         None if config.max_tokens is None else config.max_tokens // batch,
         device,
     )

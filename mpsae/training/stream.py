@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mpsae.activations import CacheSource, ModelSource, ShuffledStream, Source, load_language_model
+from mpsae.activations.model import DTYPES
 from mpsae.seeds import mixed
 from mpsae.training import memory
 from mpsae.training.config import TrainConfig
@@ -39,7 +40,10 @@ def open_stream(
     else:
         if model is None:
             model, tokenizer = load_language_model(
-                config.model, device=device, trust_remote_code=config.trust_remote_code
+                config.model,
+                device=device,
+                dtype=DTYPES[config.model_dtype],
+                trust_remote_code=config.trust_remote_code,
             )
         source = ModelSource(
             model,
