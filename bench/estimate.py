@@ -292,9 +292,9 @@ def memory_today(sizes: Sizes, method: Method, layout: Layout = "data", gpus: in
     return memory(sizes, method, layout, gpus) + more * atoms * sizes.d
 
 
-def forward(model: Model, rows: float, *, today: bool) -> Term:
-    """Count a model on so many tokens up to its hookpoint: fp32 today, 16 bits as it could be."""
-    return Term(flops=2 * model.parameters * model.share * rows * (FLOPS / FLOPS32 if today else 1))
+def forward(model: Model, rows: float) -> Term:
+    """Count a model on so many tokens up to its hookpoint, in 16 bits (``--model_dtype bf16``)."""
+    return Term(flops=2 * model.parameters * model.share * rows)
 
 
 def in_turns(sizes: Sizes, gpus: int, model: Model | None, *, today: bool) -> Iterator[Estimate]:
@@ -303,13 +303,12 @@ def in_turns(sizes: Sizes, gpus: int, model: Model | None, *, today: bool) -> It
     Args:
         sizes, gpus: of the run.
         model: None where the activations come from a cache.
-        today: the ways that commands of the package have, the model in fp32; otherwise all of
-            :func:`ways`, the model in 16 bits.
+        today: the ways that commands of the package have; otherwise all of :func:`ways`.
     """
     B, d, n, _ = sizes
     beside = 4.0 * d * max(BufferConfig().buffer_tokens, 2 * B)
     if model is not None:
-        beside += (4 if today else 2) * model.parameters
+        beside += 2 * model.parameters
     for method, layout in _splits(gpus):
         if today and method == "gram":
             free = DEVICE_MEMORY - beside - memory_today(sizes, "stream")
@@ -320,7 +319,7 @@ def in_turns(sizes: Sizes, gpus: int, model: Model | None, *, today: bool) -> It
             continue
         parts = (terms_today if today else terms)(sizes, method, layout, gpus)
         if model is not None:
-            parts["language model"] = forward(model, B / gpus, today=today)
+            parts["language model"] = forward(model, B / gpus)
         if layout == "dictionary":
             parts["rows to all"] = Term(link=4 * B * d * (1 - 1 / gpus), collectives=1)
         yield _estimate(method, layout, gpus, parts, taken)

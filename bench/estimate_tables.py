@@ -52,10 +52,7 @@ def _assumptions() -> str:
         ]
         for name, model in MODELS.items()
     ]
-    speeds = " and ".join(
-        _digits(1 / estimate.forward(MODELS["Llama-3.1-8B"], 1, today=today).seconds())
-        for today in (True, False)
-    )
+    speed_of_model = _digits(1 / estimate.forward(MODELS["Llama-3.1-8B"], 1).seconds())
     rows = [
         ["16-bit products (measured)", f"{_si(FLOPS)}FLOP/s"],
         ["fp32 products (data sheet)", f"{_si(FLOPS32)}FLOP/s"],
@@ -68,7 +65,7 @@ def _assumptions() -> str:
         ["price of a GPU hour", f"${PRICE:.2f}"],
         ["tokens of a run", _si(TOKENS).strip()],
         *models,
-        ["tokens/s of a GPU through the larger model, in fp32 and in 16 bits", speeds],
+        ["tokens/s of a GPU through the larger model, in 16 bits", speed_of_model],
     ]  # fmt: skip
     return markdown(["quantity", "value"], rows)
 
@@ -209,7 +206,7 @@ def _in_short(sizes: estimate.Sizes, way: estimate.Estimate) -> str:
 def _from_a_cache() -> str:
     rows = []
     for name, sizes in RUNS.items():
-        made = TOKENS * estimate.forward(MODELS[name], 1, today=True).seconds() / 3600
+        made = TOKENS * estimate.forward(MODELS[name], 1).seconds() / 3600
         for gpus in GPUS:
             again, cached = (
                 estimate.fastest(estimate.in_turns(sizes, gpus, model, today=True))
