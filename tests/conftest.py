@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ else:
         suppress_health_check=[HealthCheck.function_scoped_fixture],
     )
     settings.load_profile("suite")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # a shell lets what it starts in the background ignore Ctrl-C, and tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the tensors of the tests are too small to share out
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
