@@ -21,11 +21,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from tqdm import tqdm
 
-from mpsae.activations import CacheSource, read_index
+from mpsae.activations import CacheSource, read_index, text
 from mpsae.cli.main import main
 
+# a fork has none of the other threads, and waits for ever for a lock that one of them held
 torch.set_num_threads(1)
+tqdm.monitor_interval = 0
+text.load_documents = lambda config, side="train", share=(0, 1): [Path(config.dataset).read_text()]
 
 
 def contents(folder):
@@ -55,19 +59,20 @@ def check_whole(folder):
     return len(source.index.shards)
 
 
-def kill(folder, model, text, kills, seed):
+def kill(folder, model, document, kills, seed):
     chance = random.Random(seed)
     whole, out = folder / "whole", folder / "out"
-    assert cache(whole, model, text) == 0  # in this process, so that the others start warm
+    assert cache(whole, model, document) == 0  # in this process, so that the others start warm
     assert check_whole(whole) > 20
+    assert len(os.listdir("/proc/self/task")) == 1, "a thread is left"
     expected, started = contents(whole), time.monotonic()
-    assert os.waitpid(start(out, model, text), 0)[1] == 0
+    assert os.waitpid(start(out, model, document), 0)[1] == 0
     taken = time.monotonic() - started
     assert contents(out) == expected
     shutil.rmtree(out)
     killed, finished, seen = 0, 0, set()
     while killed < kills or not finished:
-        child = start(out, model, text)
+        child = start(out, model, document)
         if killed < kills:
             time.sleep(chance.uniform(0.2, 1.0) * taken)
             os.kill(child, signal.SIGKILL)
