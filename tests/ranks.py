@@ -7,8 +7,10 @@ import time
 import traceback
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 TIMEOUT = 60.0
+tqdm.monitor_interval = 0  # a thread, which no fork has
 
 
 def run_ranks(size, work, folder):
