@@ -26,11 +26,6 @@ from tqdm import tqdm
 from mpsae.activations import CacheSource, read_index, text
 from mpsae.cli.main import main
 
-# a fork has none of the other threads, and waits for ever for a lock that one of them held
-torch.set_num_threads(1)
-tqdm.monitor_interval = 0
-text.load_documents = lambda config, side="train", share=(0, 1): [Path(config.dataset).read_text()]
-
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -89,4 +84,8 @@ def kill(folder, model, document, kills, seed):
 
 
 if __name__ == "__main__":
+    # a fork has none of the other threads, and waits for ever for a lock that one of them held
+    torch.set_num_threads(1)
+    tqdm.monitor_interval = 0
+    text.load_documents = lambda config, *_, **__: [Path(config.dataset).read_text()]
     kill(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
