@@ -215,7 +215,6 @@ def test_resumed_processes_go_on_bit_for_bit(spread, make, llama, tmp_path):
     jobs = train(changed(whole, resume=True, max_tokens=14 * 64, distribute_modules=False), **llama)
     assert len(jobs) == 4
     assert lines_of(whole)[-1]["tokens"] == 14 * 64
-    assert progress["processes"] == 2
     assert len(progress["streams"]) == 2
 
 

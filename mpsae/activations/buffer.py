@@ -170,7 +170,6 @@ class ActivationStream(ShuffledStream):
         model, tokenizer, hookpoints, text, side: see :class:`mpsae.activations.ModelSource`.
         buffer: size and checks.
         batch, seed, skip, repeat: see :class:`ShuffledStream`.
-        share: see :class:`mpsae.activations.ModelSource`.
 
     Raises:
         ValueError: an unknown hookpoint; a batch that does not fit; a context that the model does
@@ -190,7 +189,6 @@ class ActivationStream(ShuffledStream):
         seed: int = 0,
         skip: int = 0,
         repeat: bool = False,
-        share: tuple[int, int] = (0, 1),
     ):
         source = ModelSource(
             model,
@@ -200,7 +198,6 @@ class ActivationStream(ShuffledStream):
             side=side,
             model_batch=buffer.model_batch,
             check_finite=buffer.check_finite,
-            share=share,
         )
         super().__init__(
             source,

@@ -27,6 +27,7 @@ from mpsae.activations import (
 from mpsae.activations.model import DTYPES, EMBEDDED
 from mpsae.training import pick_device
 from mpsae.training.config import HOOKPOINT
+from mpsae.training.interrupt import Stopped
 
 
 @dataclass(kw_only=True)
@@ -171,11 +172,15 @@ def _size(n_bytes: int) -> str:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM stop as Ctrl-C does."""
+    """Let SIGTERM stop as Ctrl-C does, with its own status."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def stop(number: int, _: object) -> None:
+        raise Stopped(signal.Signals(number))
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from mpsae import checks
 from mpsae.activations import TextConfig, widths
 from mpsae.cli.saes import Models, SAEsConfig
 from mpsae.cli.table import number, short, table
@@ -55,8 +56,7 @@ class ProbeConfig(SAEsConfig):
     """Of the split of documents and words into those that train probes and those that test them."""
 
     def __post_init__(self) -> None:
-        if self.first_letters not in get_args(FirstLetters):
-            raise ValueError(f"first_letters must be text or prompts, not {self.first_letters!r}")
+        checks.choice("first_letters", self.first_letters, get_args(FirstLetters))
         if self.first_letters == "prompts" and FIRST_LETTER not in self.tasks:
             raise ValueError(
                 f"first_letters=prompts is how {FIRST_LETTER} is read, which is not among "

@@ -10,7 +10,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """A run ended on a signal, with its checkpoint written."""
+    """A command ended on a signal, with everything written that it needs to go on."""
 
     def __init__(self, signal: signal.Signals):
         super().__init__(signal)

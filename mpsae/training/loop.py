@@ -125,12 +125,12 @@ class _Run:
         saved = state.load_checkpoint(checkpoint, self._parts())
         self.step, self.tokens = saved["step"], saved["tokens"]
         rank, size = self.processes.rank, self.processes.size
-        buffer = state.load_buffer(checkpoint, self.processes)
-        if buffer is not None:
-            self.stream.load_state_dict(buffer)
-            return
         read = saved["streams"]
         if len(read) == size:
+            buffer = state.load_buffer(checkpoint, self.processes)
+            if buffer is not None:
+                self.stream.load_state_dict(buffer)
+                return
             own = [read[rank][name] for name in ("sequences_read", "sequences_of_pass")]
         else:  # another number of processes: share out what was read
             sums = [sum(r[name] for r in read) for name in ("sequences_read", "sequences_of_pass")]

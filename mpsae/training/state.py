@@ -31,7 +31,7 @@ Parts = dict[str, tuple[SparseAutoencoder, torch.optim.Optimizer]]
 
 _STATE = "training_state.safetensors"
 _PROGRESS = "progress.json"
-_NUMBERS = ("step", "tokens", "processes")
+_NUMBERS = ("step", "tokens")
 _NUMBERS_OF_STREAM = ("sequences_read", "sequences_of_pass")
 # what is being written: a checkpoint, or a file of mpsae.sae.checkpoint.renamed
 _UNFINISHED = re.compile(r"\.(checkpoint-\d+|.+\.(jsonl?|safetensors))\.\d+")
@@ -83,7 +83,7 @@ def save_checkpoint(
                 _write(temporary, whole, buffer, _buffer(processes))
             with processes.agreeing():
                 if first:
-                    progress = progress | {"step": step, "processes": processes.size}
+                    progress = progress | {"step": step}
                     (temporary / _PROGRESS).write_text(json.dumps(progress) + "\n")
                     checksums.seal(temporary)
                     os.replace(temporary, final)
@@ -261,20 +261,17 @@ def _load_state(path: Path, sae: SparseAutoencoder, optimizer: torch.optim.Optim
 
 
 def load_buffer(folder: Path, processes: Processes = ALONE) -> dict[str, Tensor] | None:
-    """State of this process's stream in a checkpoint.
+    """State of this process's stream in a checkpoint; none in the last one of a finished run.
 
-    There is none in the last one of a finished run, nor in one of another number of processes.
+    Args:
+        folder: of the checkpoint, written by as many processes.
+        processes: of the run.
 
     Raises:
         OSError: it is damaged.
     """
     name = _buffer(processes)
-    if (
-        name not in checksums.listed(folder)
-        or _read_progress(folder / _PROGRESS)["processes"] != processes.size
-    ):
-        return None
-    return _load_tensors(folder / name)
+    return _load_tensors(folder / name) if name in checksums.listed(folder) else None
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

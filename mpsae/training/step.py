@@ -17,8 +17,6 @@ from mpsae.training.config import TrainConfig
 from mpsae.training.distributed import Processes
 from mpsae.training.job import Job
 
-_FVUS = ("reconstruction", "multi_topk")  # losses in units of the rows' variance
-
 
 class NotFinite(ValueError):
     """A step's loss or gradient is not finite; the step was not taken."""
@@ -76,8 +74,8 @@ def take_step(
         target = part[-1]
         share = len(target) / (len(rows) * processes.size)
         # a part's FVU is over its own variance; so the sum is the FVU of all rows
-        of_variance = share if total is None else (total_variance(target) / total).item()
-        weights = dict.fromkeys(_FVUS, of_variance)
+        of_variance = share if total is None else total_variance(target) / total
+        weights: dict[str, float | Tensor] = dict.fromkeys(_FVUS, of_variance)
         with (
             _seeded(sae, (config.seed, step, number)),
             torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=bf16),
@@ -86,18 +84,18 @@ def take_step(
         if processes.size > 1 and "aux" in output.losses:  # in units of the residual's variance
             residual = (target - output.reconstruction).detach()
             own = total_variance(residual) / processes.variance(residual)
-            weights["aux"] = own.item() * share * processes.size
+            weights["aux"] = own * share * processes.size
         losses = {name: value * weights.get(name, share) for name, value in output.losses.items()}
         loss = torch.stack(list(losses.values())).sum()
         loss.backward()
         losses_seen.append(loss.detach())
         if logged:
             seen = {name: value.item() for name, value in losses.items()}
-            seen["fvu"] = of_variance * fvu(target, output.reconstruction).item()
+            seen["fvu"] = (of_variance * fvu(target, output.reconstruction)).item()
             used = l0(output.code.indices, output.code.values).float().mean().item()
             seen["l0"] = share * used
-            for name, number in seen.items():
-                sums[name] = sums.get(name, 0.0) + number
+            for name, value in seen.items():
+                sums[name] = sums.get(name, 0.0) + value
     job.add_gradients()
     norm = job.clip_gradients(config.clip_grad_norm or math.inf)
     loss = processes.add(torch.stack(losses_seen).sum())
