@@ -341,7 +341,9 @@ def disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
         usage = subprocess.run(
             [TOOLS / "cuobjdump", "--dump-resource-usage", path], capture_output=True, text=True
         ).stdout
-        sass = subprocess.run([TOOLS / "nvdisasm", "-c", path], capture_output=True, text=True)
+        sass = subprocess.run(
+            [TOOLS / "nvdisasm", "-c", "-gi", path], capture_output=True, text=True
+        )
     return {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}, sass.stdout
 
 
