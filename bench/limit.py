@@ -78,7 +78,7 @@ def lines_with(file: str, text: str) -> set[tuple[str, int]]:
 
 
 def phase(one: Instruction) -> str:
-    """What an instruction is for."""
+    """Say what an instruction is for."""
     file, line = one.source
     text = _lines(file)[line - 1] if line and _lines(file) else ""
     inside = [name for first, last, name in _functions(file) if first <= line <= last]
@@ -97,7 +97,7 @@ def phase(one: Instruction) -> str:
 
 
 def cases(arch: str) -> Iterator[tuple[int, aot.Case]]:
-    """The kernel that a launcher would choose for each size, as the public run uses it."""
+    """Give the kernel that a launcher would choose for each size, as the public run uses it."""
     settings = Settings(K, residual_threshold=1.0)
     for n in SIZES:
         shape = {"n": n, "d": D, "k": K, "dtype": "bf16"}
@@ -137,7 +137,7 @@ def in_flight(step: list[Instruction], lines: set[tuple[str, int]], threads: int
 
 
 def busiest(step: list[Instruction], warps: int, chip: Chip) -> tuple[str, float]:
-    """Unit that a step keeps busy longest, with the cycles of its share of the warps."""
+    """Find the unit that a step keeps busy longest, with the cycles of its share of the warps."""
     busy: Counter[str] = Counter(issue=len(step))
     for one in step:
         price = cost(one, chip)
@@ -172,7 +172,6 @@ def predict(case: aot.Case, n: int, target: str) -> dict[str, Any]:
         "target": target,
         "n": n,
         "registers": usage["REG"],
-        "spilt": kernel.metadata.global_scratch_size if False else usage.get("LOCAL", 0),
         "warps": warps,
         "programs": programs,
         "instructions": len(step),
@@ -205,6 +204,7 @@ def shown(line: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", default=list(CHIPS), choices=list(CHIPS))
     parser.add_argument("--n", nargs="+", type=int, default=list(SIZES))

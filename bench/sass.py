@@ -53,7 +53,7 @@ def disassemble(cubin: bytes, tool: Path) -> str:
 
 
 def blocks(text: str) -> list[Block]:
-    """Basic blocks of a kernel in order, the first one its entry.
+    """Find the basic blocks of a kernel, in order, the first one its entry.
 
     Raises:
         ValueError: there is no instruction in the text.

@@ -56,7 +56,7 @@ _STORES = ("STS", "STG", "ST", "RED", "BAR", "BRA", "EXIT", "NOP", "BSYNC", "BSS
 
 
 def cost(one: Instruction, chip: Chip) -> Cost:
-    """What an instruction takes; loads from global memory as from the L2 cache."""
+    """Say what an instruction takes; loads from global memory as from the L2 cache."""
     base = one.base
     if base in _FMA:
         return Cost("fma", chip.fma, 4)
@@ -114,7 +114,7 @@ def _count(one: Instruction, part: str, kind: str, written: bool) -> int:
     """How many registers in a row an operand stands for."""
     if kind.endswith("P"):
         return 1
-    if written and one.base == "CS2R" or written and ".WIDE" in one.opcode or ".64" in part:
+    if ".64" in part or (written and (one.base == "CS2R" or ".WIDE" in one.opcode)):
         return 2
     moved = one.base in ("LDG", "LDS", "LDC", "ULDC") if written else one.base in _STORES
     return max(width(one) // 4, 1) if moved and "[" not in part else 1
