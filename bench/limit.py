@@ -39,6 +39,7 @@ from mpsae.kernels.pursuit_common import Settings, triton_version
 KERNELS = Path(aot.__file__).resolve().parent.parent / "kernels"
 SIZES = (4096, 8192, 16384, 32768, 131072)
 D, K = 2304, 85  # of the public MP-SAE run
+GRAM_LOADS = {"gram_pursuit": "tl.load(row_ptr + begin", "gram_chunked": "gram_row = tl.load(gram"}
 PHASES = ("load", "convert", "update", "reduce", "certificate", "coefficient", "other")
 _CONVERTS = ("I2F", "I2FP", "PRMT", "I2I")
 _CERTIFICATE = ("_grown_bound", "_start_bound", "_lowest_candidate")
@@ -115,13 +116,18 @@ def cases(arch: str) -> Iterator[tuple[int, aot.Case]]:
 def step_of(case: aot.Case, program: list[Block], n: int) -> list[Instruction]:
     """Instructions of a pursuit's step in the usual case of a lone candidate."""
     file = f"{case.kernel}.py"
-    loads = lines_with(file, "gram_row = tl.load(gram")
     stores = lines_with("pursuit_common.py", "tl.store(values_row_ptr + t, a")
     ends = sass.containing(program, stores, "STG")
     if case.kernel == "gram_pursuit":
-        return sass.step(program, sass.shortest_loop(program, ends), [], 1)
+        # the part that holds the atom is looked at twice
+        within = sass.containing(program, lines_with(file, "score >= lowest, BLOCK_N + offs_l"))
+        own = sass.containing(program, lines_with(file, "own = tl.where(offs_l == j"))
+        loads = sass.containing(program, lines_with(file, GRAM_LOADS[case.kernel]), "LDG")
+        path = sass.shortest_loop(program, ends, through=[within, loads, own])
+        return sass.step(program, path, [], 1)
+    loads = lines_with(file, GRAM_LOADS[case.kernel])
     inner = sass.shortest_loop(program, sass.containing(program, loads, "LDG"))
-    outer = sass.shortest_loop(program, ends, through=inner[0])
+    outer = sass.shortest_loop(program, ends, through=[inner])
     return sass.step(program, outer, inner, -(-n // case.constexprs["BLOCK_N"]))
 
 
@@ -156,7 +162,7 @@ def predict(case: aot.Case, n: int, target: str) -> dict[str, Any]:
     threads = 32 * warps
     registers = -(-usage["REG"] // 8) * 8
     programs = min(65536 // (registers * threads), 64 // warps)
-    lines = lines_with(f"{case.kernel}.py", "gram_row = tl.load(gram")
+    lines = lines_with(f"{case.kernel}.py", GRAM_LOADS[case.kernel])
     cycles = cycles_of_step(step, warps, programs, chip, lambda one: one.source in lines)
     unit, busy = busiest(step, warps, chip)
     service = (2 * n + 2 * D) / chip.bandwidth

@@ -11,15 +11,15 @@ import heapq
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 _SOURCE = re.compile(r'\s*//## File "([^"]*)", line (\d+)')
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _CODE = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@(!?)(U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
-_JUMPS = ("BRA", "CALL")  # ptxas calls what never returns
-_ENDS = (*_JUMPS, "EXIT", "BRX", "RET", "JMP")
+_JUMPS = ("BRA", "BRX", "CALL")  # ptxas calls what never returns
+_ENDS = (*_JUMPS, "EXIT", "RET", "JMP")
 
 
 class Instruction(NamedTuple):
@@ -77,8 +77,9 @@ def blocks(text: str) -> list[Block]:
     result = []
     for start, end in zip(starts, [*starts[1:], len(code)], strict=True):
         last, followers = code[end - 1], []
-        if last.base in _JUMPS and (target := re.search(r"\.L_x_\d+", last.operands)):
-            followers.append(number[labels[target[0]]])
+        if last.base in _JUMPS:
+            targets = re.findall(r"\.L_x_\d+", last.operands)
+            followers += [number[labels[target]] for target in targets]
         falls = last.base not in _ENDS or last.predicate or re.match(r"!?U?P\d", last.operands)
         if falls and end in number:
             followers.append(number[end])
@@ -87,57 +88,48 @@ def blocks(text: str) -> list[Block]:
 
 
 def shortest_loop(
-    program: list[Block], wanted: Iterable[int], through: int | None = None
+    program: list[Block], wanted: Iterable[int], through: Sequence[Collection[int]] = ()
 ) -> list[int]:
     """Find the shortest way, in instructions, from a wanted block around to itself.
 
     Args:
         program: blocks of a kernel.
         wanted: numbers of blocks, of which the one with the shortest way is taken.
-        through: a block that the way has to pass.
+        through: the way has to pass one of each of these, in this order.
 
     Raises:
         ValueError: there is no such way.
     """
-    best: list[int] = []
-    for start in wanted:
-        if through in (None, start):
-            found = _way(program, start, start)
-        else:
-            there, back = _way(program, start, through), _way(program, through, start)
-            found = there + back if there and back else []
-        if found and (not best or _length(program, found) < _length(program, best)):
-            best = found
-    if not best:
-        raise ValueError("no block that is wanted is in a loop")
-    return best
+    ways = [way for start in wanted if (way := _around(program, start, through))]
+    if not ways:
+        raise ValueError("no block that is wanted is in such a loop")
+    return min(ways, key=lambda way: sum(len(program[block].code) for block in way))
 
 
-def _length(program: list[Block], path: list[int]) -> int:
-    return sum(len(program[block].code) for block in path)
-
-
-def _way(program: list[Block], start: int, end: int) -> list[int]:
-    """Shortest way from a block to just before another; empty where there is none."""
-    queue: list[tuple[int, list[int]]] = [(0, [start])]
-    seen: set[int] = set()
+def _around(program: list[Block], start: int, through: Sequence[Collection[int]]) -> list[int]:
+    """Shortest way from a block around to itself; empty where there is none."""
+    queue: list[tuple[int, int, list[int]]] = [(0, 0, [start])]
+    seen: set[tuple[int, int]] = set()
     while queue:
-        length, path = heapq.heappop(queue)
+        length, passed, path = heapq.heappop(queue)
         for block in program[path[-1]].followers:
-            if block == end:
+            if block == start and passed == len(through):
                 return path
-            if block not in seen:
-                seen.add(block)
-                heapq.heappush(queue, (length + len(program[block].code), [*path, block]))
+            now = passed + (passed < len(through) and block in through[passed])
+            if (block, now) not in seen:
+                seen.add((block, now))
+                heapq.heappush(queue, (length + len(program[block].code), now, [*path, block]))
     return []
 
 
-def containing(program: list[Block], lines: set[tuple[str, int]], opcode: str) -> list[int]:
-    """Blocks with an instruction of an opcode from one of the source lines."""
+def containing(
+    program: list[Block], lines: set[tuple[str, int]], opcode: str | None = None
+) -> list[int]:
+    """Blocks with an instruction, of any opcode or one, from one of the source lines."""
     return [
         number
         for number, block in enumerate(program)
-        if any(one.base == opcode and one.source in lines for one in block.code)
+        if any(one.source in lines and opcode in (None, one.base) for one in block.code)
     ]
 
 

@@ -52,7 +52,7 @@ _HEAVY = ("IMAD",)  # integer products have half of the fp32 units
 _SLOW = ("I2F", "F2I", "F2F", "MUFU", "POPC", "FLO", "BREV", "I2I")
 _SHUFFLE = ("SHFL", "REDUX")
 _UNIFORM = ("R2UR", "S2UR", "S2R", "VOTEU", "ULDC", "LDC")
-_STORES = ("STS", "STG", "ST", "RED", "BAR", "BRA", "EXIT", "NOP", "BSYNC", "BSSY", "WARPSYNC")
+_STORES = ("STS", "STL", "STG", "ST", "RED", "BAR", "BRA", "EXIT", "NOP", "BSYNC", "BSSY", "WARPSYNC")
 
 
 def cost(one: Instruction, chip: Chip) -> Cost:
@@ -66,7 +66,7 @@ def cost(one: Instruction, chip: Chip) -> Cost:
         return Cost("slow", 8, 18)
     if base in _SHUFFLE:
         return Cost("shared", 8 if base == "REDUX" else 4, 24)
-    if base in ("LDS", "STS"):
+    if base in ("LDS", "STS", "LDL", "STL"):
         return Cost("shared", 4 * width(one) // 4, 29)
     if base in ("LDG", "LD"):
         return Cost("shared", 4 * width(one) // 4, chip.cycles_l2)
@@ -116,7 +116,7 @@ def _count(one: Instruction, part: str, kind: str, written: bool) -> int:
         return 1
     if ".64" in part or (written and (one.base == "CS2R" or ".WIDE" in one.opcode)):
         return 2
-    moved = one.base in ("LDG", "LDS", "LDC", "ULDC") if written else one.base in _STORES
+    moved = one.base in ("LDG", "LDS", "LDL", "LDC", "ULDC") if written else one.base in _STORES
     return max(width(one) // 4, 1) if moved and "[" not in part else 1
 
 
@@ -145,6 +145,7 @@ def cycles_of_step(
     kinds = [one.base for one in step]
     far = [kind in ("LDG", "LD") and remote(one) for kind, one in zip(kinds, step, strict=True)]
     arriving = [32 * width(one) * SCHEDULERS / bytes_at_once for one in step]
+    programs = max(programs * min(warps, SCHEDULERS) // SCHEDULERS, 1)
     team = max(warps // SCHEDULERS, 1)
     runners = [(program, warp) for program in range(programs) for warp in range(team)]
     ready: list[dict[str, float]] = [{} for _ in runners]

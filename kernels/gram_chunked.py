@@ -212,18 +212,22 @@ def _gram_chunked_kernel(
             going = hits > 0
             j = tl.minimum(tl.maximum(j, 0), n - 1)
 
-            r, own, a, going = _subtract_atom(
-                r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, diagonal_ptr, d,
-                stride_dictionary, stride_encoder, offs_d, correlation_threshold, TIED, SELECT,
+            # now: behind the sums that follow, each would be waited for
+            scale = tl.load(scale_ptr + j)
+            diagonal = tl.load(diagonal_ptr + j)
+            error = tl.load(error_ptr + j)
+            r, own, a, going, _, _ = _subtract_atom(
+                r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, diagonal, d,
+                stride_dictionary, stride_encoder, offs_d, correlation_threshold, TIED, SELECT, False,
             )  # fmt: skip
             norm = 0.0
             if CERTIFIED or STOP_ON_NORM:
                 norm = tl.sqrt(tl.sum(r * r, axis=0))
             if CERTIFIED:
                 bound = _grown_bound(
-                    bound, a, error_ptr, j, norm, atom_norm, bias_norm_ptr, dot_error, roundoff
+                    bound, a, error, j, norm, atom_norm, bias_norm_ptr, dot_error, roundoff
                 )
-            shift = a * tl.load(scale_ptr + j)
+            shift = a * scale
             if not ALLOW_REPEATS:
                 own = absent
             t, going = _record_step(

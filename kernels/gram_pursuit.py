@@ -58,11 +58,114 @@ from mpsae.kernels.pursuit_common import (
 
 
 @triton.jit
-def _first_candidate(score, lowest, after, block_r, offs_w, BLOCK_N: tl.constexpr):
-    """First atom beyond ``after`` whose score is ``lowest`` or more, BLOCK_N where none is."""
-    ahead = (score >= lowest) & (block_r > (after - offs_w)[None, :])
-    block = tl.min(tl.where(ahead, block_r, BLOCK_N), axis=0)  # [BLOCK_W]
-    return tl.min(tl.where(block < BLOCK_N, block + offs_w, BLOCK_N), axis=0)
+def _ordered(bits):
+    """Reorder the bits of floats so that they compare as integers, and back."""
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _largest(best):
+    """Largest of ``best`` ``[BLOCK_T]``, -3.4e38 where none is more."""
+    # integers, which the processor reduces over a warp in one instruction
+    bits = _ordered(tl.maximum(best, -3.4e38).to(tl.int32, bitcast=True))
+    return _ordered(tl.max(bits, axis=0)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _correlations(
+    row_ptr, n, offs_t, offs_l, absent: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr
+):
+    """Read a row of correlations, ``PARTS`` times ``[BLOCK_T, BLOCK_L]``; absent beyond n."""
+    place = offs_t[:, None] + offs_l
+    c = ()
+    for part in tl.static_range(PARTS - 1):
+        c = c + (tl.load(row_ptr + part * PART + place),)
+    begin: tl.constexpr = (PARTS - 1) * PART
+    return c + (tl.load(row_ptr + begin + place, mask=place < n - begin, other=absent),)
+
+
+@triton.jit
+def _best_of_groups(
+    c, place, first, last, SELECT: tl.constexpr, SLICED: tl.constexpr, PARTS: tl.constexpr,
+    PART: tl.constexpr,
+):  # fmt: skip
+    """Best score of each thread's atoms in each part, ``PARTS`` times ``[BLOCK_T]``."""
+    best = ()
+    for part in tl.static_range(PARTS):
+        score = _allowed_score(c[part], part * PART, place, first, last, SELECT, SLICED)
+        best = best + (tl.max(score, axis=1),)
+    return best
+
+
+@triton.jit
+def _with_atom(c, j, value, offs_t, offs_l, PARTS: tl.constexpr, PART: tl.constexpr):
+    """Correlations with that of atom j replaced."""
+    changed = ()
+    for part in tl.static_range(PARTS):
+        own = c[part]
+        if j // PART == part:
+            own = tl.where(offs_l == j - part * PART - offs_t[:, None], value, own)
+        changed = changed + (own,)
+    return changed
+
+
+@triton.jit
+def _first_candidate(
+    c, lowest, after, offs_t, offs_l, first, last, SELECT: tl.constexpr, SLICED: tl.constexpr,
+    PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """First atom beyond ``after`` whose score is ``lowest`` or more, PARTS * PART without one."""
+    place = offs_t[:, None] + offs_l
+    found = tl.full(offs_t.shape, PARTS * PART, tl.int32)
+    for part in tl.static_range(PARTS - 1, -1, -1):
+        score = _allowed_score(c[part], part * PART, place, first, last, SELECT, SLICED)
+        ahead = (score >= lowest) & (offs_l > after - part * PART - offs_t[:, None])
+        here = tl.min(tl.where(ahead, offs_l, BLOCK_L), axis=1)  # [BLOCK_T]
+        found = tl.where(here < BLOCK_L, part * PART + offs_t + here, found)
+    return tl.min(found, axis=0)
+
+
+@triton.jit
+def _part_of_row(
+    row_ptr, part: tl.constexpr, n_padded, offs_t, PARTS: tl.constexpr, PART: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """A part of a row of the Gram matrix as it is stored, ``[BLOCK_T, 128 bits]``."""
+    WORDS: tl.constexpr = BLOCK_L // 4
+    if WORDS == 2:  # pairs of int16
+        row_ptr = row_ptr.to(tl.pointer_type(tl.int32))
+    offs = offs_t[:, None] // WORDS + tl.arange(0, 4)[None, :]
+    begin: tl.constexpr = part * PART
+    if part + 1 < PARTS:
+        stored = tl.load(row_ptr + begin // WORDS + offs)
+    else:
+        mask = offs < (n_padded - begin) // WORDS
+        stored = tl.load(row_ptr + begin // WORDS + offs, mask=mask, other=0)
+    return stored
+
+
+@triton.jit
+def _entries(stored):
+    """Entries of a part as fp32, ``[BLOCK_T, BLOCK_L]``."""
+    if stored.dtype == tl.int32:
+        # one of a pair by its bits, 2^23 + 2^15 + entry, and one by a conversion: either way
+        # alone would leave units of the processor idle
+        low = (stored & 0xFFFF) ^ 0x4B008000
+        low = low.to(tl.float32, bitcast=True) - 8421376.0
+        high = (stored >> 16).to(tl.int16).to(tl.float32)
+        entries = tl.reshape(tl.join(low, high), [stored.shape[0], 8])
+    else:
+        entries = stored
+    return entries
+
+
+@triton.jit
+def _norm_after(square, product, a, diagonal, dot_error):
+    """Bound on ||r - a d_j|| by <r, r>, <r, d_j> and <d_j, d_j>; a lower one where the error is."""
+    step = tl.abs(a * diagonal)
+    size = square + tl.abs(a) * (2.0 * tl.abs(product) + step)
+    square += tl.abs(a) * step - 2.0 * a * product
+    return tl.sqrt(tl.maximum(square + 4.0 * dot_error * size, 0.0))
 
 
 @triton.jit
@@ -94,21 +197,23 @@ def _gram_pursuit_kernel(
     ALLOW_REPEATS: tl.constexpr,
     STOP_ON_REPEAT: tl.constexpr,
     STOP_ON_NORM: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILE_N: tl.constexpr,
 ):  # fmt: skip
-    BLOCK_N: tl.constexpr = BLOCK_R * BLOCK_W
+    PART: tl.constexpr = BLOCK_T * BLOCK_L
+    BLOCK_N: tl.constexpr = PARTS * PART
     SLICED: tl.constexpr = slices_ptr is not None
+    NORM: tl.constexpr = CERTIFIED or STOP_ON_NORM
     row = tl.program_id(0).to(tl.int64)
-    # an atom is its place in a block of BLOCK_W and the block's first atom: the latter is a
-    # constant of the code, so that comparing places costs no register for each atom
-    offs_w = tl.arange(0, BLOCK_W)
-    block_r = (tl.arange(0, BLOCK_R) * BLOCK_W)[:, None]  # [BLOCK_R, 1]
-    offs_n = block_r + offs_w[None, :]  # [BLOCK_R, BLOCK_W]
+    # each thread holds BLOCK_L atoms of each part, one 128-bit load
+    offs_t = tl.arange(0, BLOCK_T) * BLOCK_L
+    offs_l = tl.arange(0, BLOCK_L)[None, :]
+    place = offs_t[:, None] + offs_l  # [BLOCK_T, BLOCK_L]
     offs_d = tl.arange(0, BLOCK_D)
     offs_k = tl.arange(0, BLOCK_K)
     correlation_row_ptr = correlation_ptr + row * stride_correlation
@@ -122,7 +227,7 @@ def _gram_pursuit_kernel(
     # below every score, whatever is added to it: |-inf| would be the largest, while NaN is left
     # out of a maximum and fails comparisons
     absent: tl.constexpr = float("nan") if SELECT == "abs" else float("-inf")
-    c = tl.load(correlation_row_ptr + offs_n, mask=offs_n < n, other=absent)
+    c = _correlations(correlation_row_ptr, n, offs_t, offs_l, absent, PARTS, PART)
     atom_norm = 0.0
     bound = 0.0
     if CERTIFIED:
@@ -136,24 +241,37 @@ def _gram_pursuit_kernel(
     while going:
         if SLICED:
             first, last = _slice_of_step(slices_ptr, t)
-        score = _allowed_score(c, block_r, offs_w[None, :], first, last, SELECT, SLICED)
-        top = tl.max(tl.max(score, axis=0), axis=0)
+        groups = _best_of_groups(c, place, first, last, SELECT, SLICED, PARTS, PART)
+        best = groups[0]
+        for part in tl.static_range(1, PARTS):
+            best = tl.maximum(best, groups[part])
+        top = _largest(best)
         lowest = _lowest_candidate(top, bound, correlation_threshold)
-        if SLICED:  # again: the compiler would keep every score for the second use
-            first, last = _slice_of_step(slices_ptr, t)
-            score = _allowed_score(c, block_r, offs_w[None, :], first, last, SELECT, SLICED)
-        # a lone candidate sums to its place in [BLOCK_N, 2 BLOCK_N), several to more
-        place = tl.sum(tl.where(score >= lowest, BLOCK_N + block_r, 0), axis=0)
-        place = tl.sum(tl.where(place > 0, place + offs_w, 0), axis=0)
-        j = place - BLOCK_N
-        if place >= 2 * BLOCK_N:
-            if SLICED:
-                first, last = _slice_of_step(slices_ptr, t)
-                score = _allowed_score(c, block_r, offs_w[None, :], first, last, SELECT, SLICED)
+        # a lone group sums to its first atom in [BLOCK_N, 2 BLOCK_N), several to more
+        group = tl.zeros([BLOCK_T], tl.int32)
+        for part in tl.static_range(PARTS):
+            group += tl.where(groups[part] >= lowest, BLOCK_N + part * PART, 0)
+        group = tl.sum(tl.where(group > 0, group + offs_t, 0), axis=0)
+        # and within it a lone candidate
+        j = group - BLOCK_N
+        within = tl.zeros([BLOCK_T], tl.int32)
+        for part in tl.static_range(PARTS):
+            if j // PART == part:
+                score = _allowed_score(c[part], part * PART, place, first, last, SELECT, SLICED)
+                within = tl.sum(tl.where(score >= lowest, BLOCK_N + offs_l, 0), axis=1)
+        within = tl.sum(within, axis=0)
+        j += within - BLOCK_N
+        if (group >= 2 * BLOCK_N) | (within >= 2 * BLOCK_N):
             if CERTIFIED and bound > 0.0:
                 # a shade lower: the compiler would keep all comparisons above for use here
                 lowest = _lowest_candidate(top, 1.001 * bound, correlation_threshold)
-                spent += tl.sum(tl.sum((score >= lowest).to(tl.int32), axis=0), axis=0)
+                hits = tl.zeros([BLOCK_T], tl.int32)
+                for part in tl.static_range(PARTS):
+                    score = _allowed_score(
+                        c[part], part * PART, place, first, last, SELECT, SLICED
+                    )
+                    hits += tl.sum((score >= lowest).to(tl.int32), axis=1)
+                spent += tl.sum(hits, axis=0)
                 fresh = _start_bound(dot_error, r, atom_norm, bias_norm_ptr)
                 if (8 * spent > n) & (bound > 4.0 * fresh):
                     _correlate_all(
@@ -161,51 +279,87 @@ def _gram_pursuit_kernel(
                         offs_d, TILE_N,
                     )  # fmt: skip
                     tl.debug_barrier()  # the row was written by other threads than read it
-                    again = tl.load(correlation_row_ptr + offs_n, mask=offs_n < n, other=0.0)
-                    c = tl.where(c > float("-inf"), again, absent)
+                    again = _correlations(
+                        correlation_row_ptr, n, offs_t, offs_l, absent, PARTS, PART
+                    )
+                    renewed = ()
+                    for part in tl.static_range(PARTS):
+                        kept = c[part] > float("-inf")
+                        renewed = renewed + (tl.where(kept, again[part], absent),)
+                    c = renewed
                     spent = 0
                     bound = fresh
-                    score = _allowed_score(c, block_r, offs_w[None, :], first, last, SELECT, SLICED)
-                    top = tl.max(tl.max(score, axis=0), axis=0)
+                    groups = _best_of_groups(c, place, first, last, SELECT, SLICED, PARTS, PART)
+                    best = groups[0]
+                    for part in tl.static_range(1, PARTS):
+                        best = tl.maximum(best, groups[part])
+                    top = _largest(best)
                     lowest = _lowest_candidate(top, 1.001 * bound, correlation_threshold)
                 rescored += 1
-                best = float("-inf")
+                highest = float("-inf")
                 next_j = -1
                 while next_j < BLOCK_N:
-                    score = _allowed_score(c, block_r, offs_w[None, :], first, last, SELECT, SLICED)
-                    next_j = _first_candidate(score, lowest, next_j, block_r, offs_w, BLOCK_N)
+                    next_j = _first_candidate(
+                        c, lowest, next_j, offs_t, offs_l, first, last, SELECT, SLICED, PARTS,
+                        PART, BLOCK_L,
+                    )  # fmt: skip
                     if next_j < BLOCK_N:
                         atom = _atom_row(encoder_ptr, next_j, stride_encoder, offs_d, d)
                         exact = _correlate_atom(r, atom, bias_ptr, next_j)
-                        c = tl.where(block_r == (next_j - offs_w)[None, :], exact, c)
-                        if _score(exact, SELECT) > best:
-                            best = _score(exact, SELECT)
+                        c = _with_atom(c, next_j, exact, offs_t, offs_l, PARTS, PART)
+                        if _score(exact, SELECT) > highest:
+                            highest = _score(exact, SELECT)
                             j = next_j
             else:
-                j = _first_candidate(score, top, -1, block_r, offs_w, BLOCK_N)
-        going = place > 0
+                j = _first_candidate(
+                    c, top, -1, offs_t, offs_l, first, last, SELECT, SLICED, PARTS, PART, BLOCK_L
+                )
+        going = group > 0
         j = tl.minimum(tl.maximum(j, 0), n - 1)
 
-        gram_ptrs = entries_ptr + j.to(tl.int64) * n_padded + offs_n
-        gram_mask = (offs_n < n_padded) & (t + 1 < limit)  # not wanted after the last step
-        if PREFETCH:  # in flight while the coefficient is computed
-            gram_row = tl.load(gram_ptrs, mask=gram_mask & going, other=0)
-        r, own, a, going = _subtract_atom(
-            r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, diagonal_ptr, d,
+        # after the last step none is wanted: the first is read, which the cache has
+        wanted = tl.where(going & (t + 1 < limit), j, 0)
+        gram_row_ptr = entries_ptr + wanted.to(tl.int64) * n_padded
+        gram_row = ()  # its first parts, in flight while the coefficient is computed
+        for part in tl.static_range(DEPTH):
+            gram_row = gram_row + (
+                _part_of_row(gram_row_ptr, part, n_padded, offs_t, PARTS, PART, BLOCK_L),
+            )
+        # now: behind the sums that follow, each would be waited for
+        scale = tl.load(scale_ptr + j)
+        diagonal = tl.load(diagonal_ptr + j)
+        error = tl.load(error_ptr + j)
+        r, own, a, going, square, product = _subtract_atom(
+            r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, diagonal, d,
             stride_dictionary, stride_encoder, offs_d, correlation_threshold, TIED, SELECT,
+            NORM and TIED,
         )  # fmt: skip
         norm = 0.0
-        if CERTIFIED or STOP_ON_NORM:
-            norm = tl.sqrt(tl.sum(r * r, axis=0))
-        shift = a * tl.load(scale_ptr + j)
+        if NORM:
+            if TIED:
+                norm = _norm_after(square, product, a, diagonal, dot_error)
+                if STOP_ON_NORM:
+                    least = _norm_after(square, product, a, diagonal, -dot_error)
+                    if (norm >= residual_threshold) & (least < residual_threshold):
+                        norm = tl.sqrt(tl.sum(r * r, axis=0))
+            else:
+                norm = tl.sqrt(tl.sum(r * r, axis=0))
+        shift = a * scale
         if not ALLOW_REPEATS:
             own = absent
-        if not PREFETCH:
-            gram_row = tl.load(gram_ptrs, mask=gram_mask & going, other=0)
-        c = tl.where(block_r == (j - offs_w)[None, :], own, c - shift * gram_row.to(tl.float32))
+        less = ()
+        for part in tl.static_range(PARTS):
+            less = less + (c[part] - shift * _entries(gram_row[part]),)
+            if part + DEPTH < PARTS:
+                gram_row = gram_row + (
+                    _part_of_row(
+                        gram_row_ptr, part + DEPTH, n_padded, offs_t, PARTS, PART, BLOCK_L
+                    ),
+                )
+        c = _with_atom(less, j, own, offs_t, offs_l, PARTS, PART)
         if CERTIFIED:
             bound = _grown_bound(
-                bound, a, error_ptr, j, norm, atom_norm, bias_norm_ptr, dot_error, roundoff
+                bound, a, error, j, norm, atom_norm, bias_norm_ptr, dot_error, roundoff
             )
         t, going = _record_step(
             indices_row_ptr, values_row_ptr, j, a, t, limit, going, norm, residual_threshold,
@@ -223,46 +377,35 @@ def _gram_pursuit_kernel(
 
 
 def register_atoms(itemsize: int, settings: Settings, arch: str, version: tuple[int, int]) -> int:
-    """Most atoms whose correlations fit in a program's registers, by ``bench/aot.py``.
-
-    Nothing is spilt up to the number given: 32768 with int16 entries on sm_90 with Triton 3.3 to
-    3.7, without slices and the stop on repeats (8 to 24 bytes a thread elsewhere); 16384 on
-    others, but for sm_100 where slices and the stop on repeats come together.
-    """
-    sliced = settings.slices is not None
-    if arch.startswith("sm_1") and sliced and settings.stop_on_repeat:
-        return 1024
-    looked_at = arch == "sm_90" and version <= (3, 7)
-    if looked_at and itemsize == 2 and not sliced and not settings.stop_on_repeat:
-        return 32768
-    return 16384
+    """Most atoms whose correlations fit in a program's registers, by ``bench/aot.py``."""
+    return 32768
 
 
 def block_layout(n: int, d: int, k: int, itemsize: int) -> dict[str, int]:
     """Block sizes, warps and registers for rows of ``n`` atoms in registers.
 
-    Each thread holds 32 correlations (16 with fp32 entries), twice that at the upper end, and as
-    many entries of one Gram row. BLOCK_W is one 128-bit load by each thread, so that the maximum
-    over BLOCK_R stays within a thread.
+    Few warps with many correlations each, up to 128 a thread: what a step costs beside them, its
+    four sums over all threads above all, is paid once a warp. Two to four programs then share a
+    processor, and one computes while another waits.
     """
-    block_n = max(triton.next_power_of_2(n), 64)
-    # a residual that is spread over 512 threads rather than kept by several leaves them registers
-    block_d = max(triton.next_power_of_2(d), 16 if block_n <= 16384 else 4096)
-    per_thread = 32 if itemsize == 2 else 16
-    warps = min(max(block_n // (32 * per_thread), 8 if block_d >= 4096 else 4), 16)
-    block_w = min(block_n, 32 * warps * (16 // itemsize))
+    block_d = max(triton.next_power_of_2(d), 16)
+    block_l = 16 // itemsize
+    warps = 4 if n <= 16384 else 8
+    block_t = min(max(triton.next_power_of_2(triton.cdiv(n, block_l)), 16), 32 * warps)
+    parts = triton.cdiv(n, block_t * block_l)
     layout = {
-        "BLOCK_R": block_n // block_w,
-        "BLOCK_W": block_w,
+        "PARTS": parts,
+        "BLOCK_T": block_t,
+        "BLOCK_L": block_l,
         "BLOCK_D": block_d,
         "BLOCK_K": max(triton.next_power_of_2(k), 16),
         "TILE_N": tile_atoms(block_d, warps),
-        "PREFETCH": block_n // warps <= 1024,
+        "DEPTH": min(parts, 4),
         "num_warps": warps,
     }
-    if block_n <= 16384:
-        # left to itself the compiler spills a value or two for one more program on a processor
-        layout["maxnreg"] = 96 if block_n <= 1024 else 128
+    needed = parts * block_l + block_d // (32 * warps) + 80
+    if needed <= 168:  # three or four programs on a processor
+        layout["maxnreg"] = 128 if needed <= 128 else 168
     return layout
 
 
@@ -273,7 +416,10 @@ def row_layout(
     limit = register_atoms(itemsize, settings, arch, version)
     if n > limit or d > 8192 or settings.k > 4096:
         return None
-    return launch_options(block_layout(n, d, settings.k, itemsize), arch)
+    layout = block_layout(n, d, settings.k, itemsize)
+    if arch == "hip":  # 64 threads a warp
+        layout["num_warps"] //= 2
+    return launch_options(layout, arch)
 
 
 def gram_pursuit(

@@ -120,23 +120,32 @@ def _is_new(indices_row_ptr, j, t, offs_k):
 
 @triton.jit
 def _subtract_atom(
-    r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, diagonal_ptr, d, stride_dictionary,
+    r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, diagonal, d, stride_dictionary,
     stride_encoder, offs_d, correlation_threshold, TIED: tl.constexpr, SELECT: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
     """Take atom j where it is good enough.
 
-    Returns the residual, its correlation with j (before, where diagonal_ptr is None, else after
-    the step), the coefficient, and whether j was taken.
+    Returns the residual, its correlation with j (before, where diagonal is None, else after
+    the step), the coefficient, whether j was taken, and with NORM <r, r> before the step and
+    <r, encoder_j> without its bias, else 0.
     """
     atom = _atom_row(encoder_ptr, j, stride_encoder, offs_d, d)
-    exact = _correlate_atom(r, atom, bias_ptr, j)
+    square = 0.0
+    if NORM:  # both sums at once: one costs as much as two, in barriers and exchanges
+        product, square = tl.split(tl.sum(tl.join(r * atom, r * r), axis=0))
+    else:
+        product = tl.sum(r * atom, axis=0)
+    exact = product
+    if bias_ptr is not None:
+        exact += tl.load(bias_ptr + j).to(tl.float32)
     going = going & (_score(exact, SELECT) > correlation_threshold)
     a = tl.where(going, _value(exact, SELECT), 0.0)
     if not TIED:
         atom = _atom_row(dictionary_ptr, j, stride_dictionary, offs_d, d)
-    if diagonal_ptr is not None:
-        exact -= a * tl.load(diagonal_ptr + j)
-    return r - a * atom, exact, a, going
+    if diagonal is not None:
+        exact -= a * diagonal
+    return r - a * atom, exact, a, going, square, product
 
 
 @triton.jit
@@ -165,9 +174,9 @@ def _start_bound(relative, r, atom_norm, bias_norm_ptr):
 
 
 @triton.jit
-def _grown_bound(bound, a, error_ptr, j, norm, atom_norm, bias_norm_ptr, dot_error, roundoff):
+def _grown_bound(bound, a, error, j, norm, atom_norm, bias_norm_ptr, dot_error, roundoff):
     """Bound on the correlations' errors after a Gram row, a times, has left them."""
-    bound += tl.abs(a) * tl.load(error_ptr + j) + 2.0 * roundoff * norm * atom_norm
+    bound += tl.abs(a) * error + 2.0 * roundoff * norm * atom_norm
     if bias_norm_ptr is not None:
         bound += 2.0 * roundoff * tl.load(bias_norm_ptr)
     return tl.maximum(bound, dot_error * norm * atom_norm)

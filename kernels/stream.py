@@ -165,9 +165,9 @@ def _stream_step_kernel(
     going = (t < limit) & (top > float("-inf"))
 
     r = _atom_row(residual_ptr, row, d, offs_d, d)
-    r, _, a, going = _subtract_atom(
+    r, _, a, going, _, _ = _subtract_atom(
         r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, None, d, stride_dictionary,
-        stride_encoder, offs_d, correlation_threshold, TIED, SELECT,
+        stride_encoder, offs_d, correlation_threshold, TIED, SELECT, False,
     )  # fmt: skip
     tl.store(residual_ptr + row * d + offs_d, r, mask=(offs_d < d) & going)
     if banned_ptr is not None:

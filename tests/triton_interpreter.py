@@ -2,6 +2,7 @@
 
     tl.dot on bf16          multiplies the bit patterns: numpy has no bf16
     fp32 -> bf16            truncates where hardware rounds to the nearest, ties to even
+    tl.maximum, tl.minimum  give NaN where hardware gives the other operand
     range(n), n an argument fails with numpy 2.4: int() of an array that has a dimension
 
 And made twice as fast: Triton replaces its language by the interpreted one at each call of a
@@ -45,6 +46,8 @@ def repair():
     if getattr(builder, "repaired", False):
         return
     builder.repaired = True
+    builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     create_dot, cast_impl = builder.create_dot, builder.cast_impl
     patch_lang_tensor = interpreter._patch_lang_tensor
 
