@@ -50,7 +50,7 @@ from mpsae.kernels import (
     sparse_decode,
     stream,
 )
-from mpsae.kernels.pursuit_common import Settings, launch_options, triton_version
+from mpsae.kernels.pursuit_common import Settings, launch_options
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, "gfx942": 65536}
@@ -144,6 +144,7 @@ def variant_settings(variant: dict, k: int) -> Settings:
         k,
         slices=torch.empty(0) if "slices_ptr" in variant.get("POINTERS", ()) else None,
         stop_on_repeat=variant.get("STOP_ON_REPEAT", False),
+        select=variant.get("SELECT", "relu"),
     )
 
 
@@ -164,7 +165,7 @@ def gram_pursuit_cases(arch: str) -> Iterator[Case]:
     for shape, entries, variant in pursuit_shapes(shapes):
         layout = gram_pursuit.row_layout(
             shape["n"], shape["d"], 2 if entries == "i16" else 4,
-            variant_settings(variant, shape["k"]), arch, triton_version(),
+            variant_settings(variant, shape["k"]), arch,
         )  # fmt: skip
         if layout is not None:
             yield pursuit_case("gram_pursuit", function, shape, entries, variant, layout)

@@ -34,12 +34,15 @@ from sass import Block, Instruction
 from simulate import CHIPS, SCHEDULERS, Chip, cost, cycles_of_step, throughput, width
 
 from mpsae.kernels import gram_chunked, gram_pursuit
-from mpsae.kernels.pursuit_common import Settings, triton_version
+from mpsae.kernels.pursuit_common import Settings
 
 KERNELS = Path(aot.__file__).resolve().parent.parent / "kernels"
 SIZES = (4096, 8192, 16384, 32768, 131072)
 D, K = 2304, 85  # of the public MP-SAE run
-GRAM_LOADS = {"gram_pursuit": "tl.load(row_ptr + begin", "gram_chunked": "gram_row = tl.load(gram"}
+GRAM_LOADS = {
+    "gram_pursuit": ("correlation_parts.py", "stored = tl.load(row_ptr + begin"),
+    "gram_chunked": ("gram_chunked.py", "gram_row = tl.load(gram"),
+}
 PHASES = ("load", "convert", "update", "reduce", "certificate", "coefficient", "other")
 _CONVERTS = ("I2F", "I2FP", "PRMT", "I2I")
 _CERTIFICATE = ("_grown_bound", "_start_bound", "_lowest_candidate")
@@ -103,7 +106,7 @@ def cases(arch: str) -> Iterator[tuple[int, aot.Case]]:
     for n in SIZES:
         shape = {"n": n, "d": D, "k": K, "dtype": "bf16"}
         variant = {"STOP_ON_NORM": True}
-        layout = gram_pursuit.row_layout(n, D, 2, settings, arch, triton_version())
+        layout = gram_pursuit.row_layout(n, D, 2, settings, arch)
         if layout is not None:
             function = gram_pursuit._gram_pursuit_kernel
             yield n, aot.pursuit_case("gram_pursuit", function, shape, "i16", variant, layout)
@@ -120,12 +123,16 @@ def step_of(case: aot.Case, program: list[Block], n: int) -> list[Instruction]:
     ends = sass.containing(program, stores, "STG")
     if case.kernel == "gram_pursuit":
         # the part that holds the atom is looked at twice
-        within = sass.containing(program, lines_with(file, "score >= lowest, BLOCK_N + offs_l"))
-        own = sass.containing(program, lines_with(file, "own = tl.where(offs_l == j"))
-        loads = sass.containing(program, lines_with(file, GRAM_LOADS[case.kernel]), "LDG")
+        within = sass.containing(
+            program, lines_with(file, "within = tl.sum(tl.where(score >= lowest")
+        )
+        own = sass.containing(
+            program, lines_with("correlation_parts.py", "own = tl.where(offs_l == j")
+        )
+        loads = sass.containing(program, lines_with(*GRAM_LOADS[case.kernel]), "LDG")
         path = sass.shortest_loop(program, ends, through=[within, loads, own])
         return sass.step(program, path, [], 1)
-    loads = lines_with(file, GRAM_LOADS[case.kernel])
+    loads = lines_with(*GRAM_LOADS[case.kernel])
     inner = sass.shortest_loop(program, sass.containing(program, loads, "LDG"))
     outer = sass.shortest_loop(program, ends, through=[inner])
     return sass.step(program, outer, inner, -(-n // case.constexprs["BLOCK_N"]))
@@ -162,7 +169,7 @@ def predict(case: aot.Case, n: int, target: str) -> dict[str, Any]:
     threads = 32 * warps
     registers = -(-usage["REG"] // 8) * 8
     programs = min(65536 // (registers * threads), 64 // warps)
-    lines = lines_with(f"{case.kernel}.py", GRAM_LOADS[case.kernel])
+    lines = lines_with(*GRAM_LOADS[case.kernel])
     cycles = cycles_of_step(step, warps, programs, chip, lambda one: one.source in lines)
     unit, busy = busiest(step, warps, chip)
     service = (2 * n + 2 * D) / chip.bandwidth

@@ -52,7 +52,20 @@ _HEAVY = ("IMAD",)  # integer products have half of the fp32 units
 _SLOW = ("I2F", "F2I", "F2F", "MUFU", "POPC", "FLO", "BREV", "I2I")
 _SHUFFLE = ("SHFL", "REDUX")
 _UNIFORM = ("R2UR", "S2UR", "S2R", "VOTEU", "ULDC", "LDC")
-_STORES = ("STS", "STL", "STG", "ST", "RED", "BAR", "BRA", "EXIT", "NOP", "BSYNC", "BSSY", "WARPSYNC")
+_STORES = (
+    "STS",
+    "STL",
+    "STG",
+    "ST",
+    "RED",
+    "BAR",
+    "BRA",
+    "EXIT",
+    "NOP",
+    "BSYNC",
+    "BSSY",
+    "WARPSYNC",
+)
 
 
 def cost(one: Instruction, chip: Chip) -> Cost:

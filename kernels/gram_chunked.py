@@ -24,12 +24,13 @@ from mpsae.kernels.pursuit_common import (
     Outputs,
     Settings,
     _allowed_score,
-    _atom_row,
+    _atom_parts,
     _correlate_all,
     _correlate_atom,
     _finish_row,
     _grown_bound,
     _lowest_candidate,
+    _norm,
     _record_step,
     _score,
     _slice_of_step,
@@ -144,10 +145,10 @@ def _gram_chunked_kernel(
         limit = k
         if k_rows_ptr is not None:
             limit = tl.minimum(tl.load(k_rows_ptr + row), k).to(tl.int32)
-        r = _atom_row(x_ptr, row, stride_x, offs_d, d)
+        r = _atom_parts(x_ptr, row, stride_x, offs_d, d, 1)
         bound = 0.0
         if CERTIFIED:
-            bound = _start_bound(start_error, r, atom_norm, bias_norm_ptr)
+            bound = _start_bound(start_error, r, atom_norm, bias_norm_ptr, 1)
         first, last = 0, 0
         if SLICED:
             first, last = _slice_of_step(slices_ptr, 0)
@@ -168,14 +169,14 @@ def _gram_chunked_kernel(
             if CERTIFIED:  # noqa: SIM102
                 if (hits > 1) & (bound > 0.0):
                     tl.debug_barrier()  # the row was written by other threads than read it here
-                    fresh = _start_bound(dot_error, r, atom_norm, bias_norm_ptr)
+                    fresh = _start_bound(dot_error, r, atom_norm, bias_norm_ptr, 1)
                     spent += hits
                     if ((8 * spent > n) | (hits >= BLOCK_N)) & (bound > 4.0 * fresh):
                         # over the caller's row: this one marks the atoms that must not return
                         again_ptr = correlation_ptr + row * stride_correlation
                         _correlate_all(
                             again_ptr, r, encoder_ptr, bias_ptr, n, d, stride_encoder, offs_d,
-                            TILE_N,
+                            TILE_N, 1,
                         )  # fmt: skip
                         tl.debug_barrier()
                         top = float("-inf")
@@ -202,8 +203,8 @@ def _gram_chunked_kernel(
                             row_ptr, n, lowest, next_j, first, last, SELECT, SLICED, BLOCK_N
                         )
                         if next_j < n:
-                            code = _atom_row(encoder_ptr, next_j, stride_encoder, offs_d, d)
-                            exact = _correlate_atom(r, code, bias_ptr, next_j)
+                            code = _atom_parts(encoder_ptr, next_j, stride_encoder, offs_d, d, 1)
+                            exact = _correlate_atom(r, code, bias_ptr, next_j, 1)
                             tl.store(row_ptr + next_j, exact)
                             if _score(exact, SELECT) > top:
                                 top = _score(exact, SELECT)
@@ -218,11 +219,12 @@ def _gram_chunked_kernel(
             error = tl.load(error_ptr + j)
             r, own, a, going, _, _ = _subtract_atom(
                 r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, diagonal, d,
-                stride_dictionary, stride_encoder, offs_d, correlation_threshold, TIED, SELECT, False,
+                stride_dictionary, stride_encoder, offs_d, correlation_threshold, TIED, SELECT, 1,
+                False,
             )  # fmt: skip
             norm = 0.0
             if CERTIFIED or STOP_ON_NORM:
-                norm = tl.sqrt(tl.sum(r * r, axis=0))
+                norm = _norm(r, 1)
             if CERTIFIED:
                 bound = _grown_bound(
                     bound, a, error, j, norm, atom_norm, bias_norm_ptr, dot_error, roundoff
@@ -254,7 +256,7 @@ def _gram_chunked_kernel(
 
         _finish_row(
             indices_row_ptr, values_row_ptr, residual_ptr + row * d, r, t, d, k, offs_d, offs_k,
-            BLOCK_K,
+            BLOCK_K, 1,
         )  # fmt: skip
         # going is false by now: Triton 3.3 may fail to compile a while loop whose condition is
         # not used after it

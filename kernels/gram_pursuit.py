@@ -27,18 +27,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mpsae.kernels.correlation_parts import (
+    _best_of,
+    _best_of_groups,
+    _correlations,
+    _entries,
+    _first_candidate,
+    _part_of_row,
+    _with_atom,
+)
 from mpsae.kernels.pursuit_common import (
     UNIT_ROUNDOFF,
     Gram,
     Outputs,
     Settings,
     _allowed_score,
-    _atom_row,
+    _atom_parts,
     _correlate_all,
     _correlate_atom,
     _finish_row,
     _grown_bound,
     _lowest_candidate,
+    _norm,
     _record_step,
     _score,
     _slice_of_step,
@@ -53,119 +63,16 @@ from mpsae.kernels.pursuit_common import (
     product_error,
     sum_error,
     tile_atoms,
-    triton_version,
 )
 
 
 @triton.jit
-def _ordered(bits):
-    """Reorder the bits of floats so that they compare as integers, and back."""
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def _largest(best):
-    """Largest of ``best`` ``[BLOCK_T]``, -3.4e38 where none is more."""
-    # integers, which the processor reduces over a warp in one instruction
-    bits = _ordered(tl.maximum(best, -3.4e38).to(tl.int32, bitcast=True))
-    return _ordered(tl.max(bits, axis=0)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _correlations(
-    row_ptr, n, offs_t, offs_l, absent: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr
-):
-    """Read a row of correlations, ``PARTS`` times ``[BLOCK_T, BLOCK_L]``; absent beyond n."""
-    place = offs_t[:, None] + offs_l
-    c = ()
-    for part in tl.static_range(PARTS - 1):
-        c = c + (tl.load(row_ptr + part * PART + place),)
-    begin: tl.constexpr = (PARTS - 1) * PART
-    return c + (tl.load(row_ptr + begin + place, mask=place < n - begin, other=absent),)
-
-
-@triton.jit
-def _best_of_groups(
-    c, place, first, last, SELECT: tl.constexpr, SLICED: tl.constexpr, PARTS: tl.constexpr,
-    PART: tl.constexpr,
-):  # fmt: skip
-    """Best score of each thread's atoms in each part, ``PARTS`` times ``[BLOCK_T]``."""
-    best = ()
-    for part in tl.static_range(PARTS):
-        score = _allowed_score(c[part], part * PART, place, first, last, SELECT, SLICED)
-        best = best + (tl.max(score, axis=1),)
-    return best
-
-
-@triton.jit
-def _with_atom(c, j, value, offs_t, offs_l, PARTS: tl.constexpr, PART: tl.constexpr):
-    """Correlations with that of atom j replaced."""
-    changed = ()
-    for part in tl.static_range(PARTS):
-        own = c[part]
-        if j // PART == part:
-            own = tl.where(offs_l == j - part * PART - offs_t[:, None], value, own)
-        changed = changed + (own,)
-    return changed
-
-
-@triton.jit
-def _first_candidate(
-    c, lowest, after, offs_t, offs_l, first, last, SELECT: tl.constexpr, SLICED: tl.constexpr,
-    PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_L: tl.constexpr,
-):  # fmt: skip
-    """First atom beyond ``after`` whose score is ``lowest`` or more, PARTS * PART without one."""
-    place = offs_t[:, None] + offs_l
-    found = tl.full(offs_t.shape, PARTS * PART, tl.int32)
-    for part in tl.static_range(PARTS - 1, -1, -1):
-        score = _allowed_score(c[part], part * PART, place, first, last, SELECT, SLICED)
-        ahead = (score >= lowest) & (offs_l > after - part * PART - offs_t[:, None])
-        here = tl.min(tl.where(ahead, offs_l, BLOCK_L), axis=1)  # [BLOCK_T]
-        found = tl.where(here < BLOCK_L, part * PART + offs_t + here, found)
-    return tl.min(found, axis=0)
-
-
-@triton.jit
-def _part_of_row(
-    row_ptr, part: tl.constexpr, n_padded, offs_t, PARTS: tl.constexpr, PART: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):  # fmt: skip
-    """A part of a row of the Gram matrix as it is stored, ``[BLOCK_T, 128 bits]``."""
-    WORDS: tl.constexpr = BLOCK_L // 4
-    if WORDS == 2:  # pairs of int16
-        row_ptr = row_ptr.to(tl.pointer_type(tl.int32))
-    offs = offs_t[:, None] // WORDS + tl.arange(0, 4)[None, :]
-    begin: tl.constexpr = part * PART
-    if part + 1 < PARTS:
-        stored = tl.load(row_ptr + begin // WORDS + offs)
-    else:
-        mask = offs < (n_padded - begin) // WORDS
-        stored = tl.load(row_ptr + begin // WORDS + offs, mask=mask, other=0)
-    return stored
-
-
-@triton.jit
-def _entries(stored):
-    """Entries of a part as fp32, ``[BLOCK_T, BLOCK_L]``."""
-    if stored.dtype == tl.int32:
-        # one of a pair by its bits, 2^23 + 2^15 + entry, and one by a conversion: either way
-        # alone would leave units of the processor idle
-        low = (stored & 0xFFFF) ^ 0x4B008000
-        low = low.to(tl.float32, bitcast=True) - 8421376.0
-        high = (stored >> 16).to(tl.int16).to(tl.float32)
-        entries = tl.reshape(tl.join(low, high), [stored.shape[0], 8])
-    else:
-        entries = stored
-    return entries
-
-
-@triton.jit
 def _norm_after(square, product, a, diagonal, dot_error):
-    """Bound on ||r - a d_j|| by <r, r>, <r, d_j> and <d_j, d_j>; a lower one where the error is."""
-    step = tl.abs(a * diagonal)
-    size = square + tl.abs(a) * (2.0 * tl.abs(product) + step)
-    square += tl.abs(a) * step - 2.0 * a * product
-    return tl.sqrt(tl.maximum(square + 4.0 * dot_error * size, 0.0))
+    """Bound on ||r - a d_j|| from <r, r>, <r, d_j> and <d_j, d_j>; a lower one with -dot_error."""
+    own = a * a * tl.abs(diagonal)
+    # 2 |a| ||r|| ||d_j|| <= <r, r> + a^2 <d_j, d_j>, so the errors of all three are in this
+    slack = 4.0 * dot_error * (square + own)
+    return tl.sqrt(tl.maximum(square - 2.0 * a * product + own + slack, 0.0))
 
 
 @triton.jit
@@ -201,6 +108,7 @@ def _gram_pursuit_kernel(
     PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_L: tl.constexpr,
+    PARTS_D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -223,7 +131,7 @@ def _gram_pursuit_kernel(
     limit = k
     if k_rows_ptr is not None:
         limit = tl.minimum(tl.load(k_rows_ptr + row), k).to(tl.int32)
-    r = _atom_row(x_ptr, row, stride_x, offs_d, d)
+    r = _atom_parts(x_ptr, row, stride_x, offs_d, d, PARTS_D)
     # below every score, whatever is added to it: |-inf| would be the largest, while NaN is left
     # out of a maximum and fails comparisons
     absent: tl.constexpr = float("nan") if SELECT == "abs" else float("-inf")
@@ -232,7 +140,7 @@ def _gram_pursuit_kernel(
     bound = 0.0
     if CERTIFIED:
         atom_norm = tl.load(norm_ptr)
-        bound = _start_bound(start_error, r, atom_norm, bias_norm_ptr)
+        bound = _start_bound(start_error, r, atom_norm, bias_norm_ptr, PARTS_D)
     first, last = 0, 0
     spent = 0
     rescored = tl.full([], 0, tl.int32)
@@ -242,10 +150,7 @@ def _gram_pursuit_kernel(
         if SLICED:
             first, last = _slice_of_step(slices_ptr, t)
         groups = _best_of_groups(c, place, first, last, SELECT, SLICED, PARTS, PART)
-        best = groups[0]
-        for part in tl.static_range(1, PARTS):
-            best = tl.maximum(best, groups[part])
-        top = _largest(best)
+        top = _best_of(groups, PARTS)
         lowest = _lowest_candidate(top, bound, correlation_threshold)
         # a lone group sums to its first atom in [BLOCK_N, 2 BLOCK_N), several to more
         group = tl.zeros([BLOCK_T], tl.int32)
@@ -267,16 +172,14 @@ def _gram_pursuit_kernel(
                 lowest = _lowest_candidate(top, 1.001 * bound, correlation_threshold)
                 hits = tl.zeros([BLOCK_T], tl.int32)
                 for part in tl.static_range(PARTS):
-                    score = _allowed_score(
-                        c[part], part * PART, place, first, last, SELECT, SLICED
-                    )
+                    score = _allowed_score(c[part], part * PART, place, first, last, SELECT, SLICED)
                     hits += tl.sum((score >= lowest).to(tl.int32), axis=1)
                 spent += tl.sum(hits, axis=0)
-                fresh = _start_bound(dot_error, r, atom_norm, bias_norm_ptr)
+                fresh = _start_bound(dot_error, r, atom_norm, bias_norm_ptr, PARTS_D)
                 if (8 * spent > n) & (bound > 4.0 * fresh):
                     _correlate_all(
                         correlation_row_ptr, r, encoder_ptr, bias_ptr, n, d, stride_encoder,
-                        offs_d, TILE_N,
+                        offs_d, TILE_N, PARTS_D,
                     )  # fmt: skip
                     tl.debug_barrier()  # the row was written by other threads than read it
                     again = _correlations(
@@ -290,10 +193,7 @@ def _gram_pursuit_kernel(
                     spent = 0
                     bound = fresh
                     groups = _best_of_groups(c, place, first, last, SELECT, SLICED, PARTS, PART)
-                    best = groups[0]
-                    for part in tl.static_range(1, PARTS):
-                        best = tl.maximum(best, groups[part])
-                    top = _largest(best)
+                    top = _best_of(groups, PARTS)
                     lowest = _lowest_candidate(top, 1.001 * bound, correlation_threshold)
                 rescored += 1
                 highest = float("-inf")
@@ -304,8 +204,8 @@ def _gram_pursuit_kernel(
                         PART, BLOCK_L,
                     )  # fmt: skip
                     if next_j < BLOCK_N:
-                        atom = _atom_row(encoder_ptr, next_j, stride_encoder, offs_d, d)
-                        exact = _correlate_atom(r, atom, bias_ptr, next_j)
+                        atom = _atom_parts(encoder_ptr, next_j, stride_encoder, offs_d, d, PARTS_D)
+                        exact = _correlate_atom(r, atom, bias_ptr, next_j, PARTS_D)
                         c = _with_atom(c, next_j, exact, offs_t, offs_l, PARTS, PART)
                         if _score(exact, SELECT) > highest:
                             highest = _score(exact, SELECT)
@@ -332,7 +232,7 @@ def _gram_pursuit_kernel(
         r, own, a, going, square, product = _subtract_atom(
             r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, diagonal, d,
             stride_dictionary, stride_encoder, offs_d, correlation_threshold, TIED, SELECT,
-            NORM and TIED,
+            PARTS_D, NORM and TIED,
         )  # fmt: skip
         norm = 0.0
         if NORM:
@@ -341,9 +241,9 @@ def _gram_pursuit_kernel(
                 if STOP_ON_NORM:
                     least = _norm_after(square, product, a, diagonal, -dot_error)
                     if (norm >= residual_threshold) & (least < residual_threshold):
-                        norm = tl.sqrt(tl.sum(r * r, axis=0))
+                        norm = _norm(r, PARTS_D)
             else:
-                norm = tl.sqrt(tl.sum(r * r, axis=0))
+                norm = _norm(r, PARTS_D)
         shift = a * scale
         if not ALLOW_REPEATS:
             own = absent
@@ -368,7 +268,7 @@ def _gram_pursuit_kernel(
 
     _finish_row(
         indices_row_ptr, values_row_ptr, residual_ptr + row * d, r, t, d, k, offs_d, offs_k,
-        BLOCK_K,
+        BLOCK_K, PARTS_D,
     )  # fmt: skip
     # going is false by now: Triton 3.3 may fail to compile a while loop whose condition is
     # not used after it
@@ -376,47 +276,48 @@ def _gram_pursuit_kernel(
     tl.store(rescored_ptr + row, rescored.to(tl.int64))
 
 
-def register_atoms(itemsize: int, settings: Settings, arch: str, version: tuple[int, int]) -> int:
-    """Most atoms whose correlations fit in a program's registers, by ``bench/aot.py``."""
-    return 32768
+def block_layout(n: int, d: int, k: int, itemsize: int, most: int) -> dict[str, int] | None:
+    """Block sizes, warps and registers; None for more than ``most`` correlations a thread.
 
-
-def block_layout(n: int, d: int, k: int, itemsize: int) -> dict[str, int]:
-    """Block sizes, warps and registers for rows of ``n`` atoms in registers.
-
-    Few warps with many correlations each, up to 128 a thread: what a step costs beside them, its
-    four sums over all threads above all, is paid once a warp. Two to four programs then share a
-    processor, and one computes while another waits.
+    Few warps with many correlations each: what a step costs beside them, its four sums over all
+    threads above all, is paid once a warp. Two to four programs then share a processor, and one
+    computes while another waits.
     """
-    block_d = max(triton.next_power_of_2(d), 16)
+    warps = 4 if n <= 128 * most else 8
+    if n > 32 * warps * most:
+        return None
     block_l = 16 // itemsize
-    warps = 4 if n <= 16384 else 8
     block_t = min(max(triton.next_power_of_2(triton.cdiv(n, block_l)), 16), 32 * warps)
     parts = triton.cdiv(n, block_t * block_l)
+    block_d = min(max(triton.next_power_of_2(d), 16), 128 * warps)
+    parts_d = triton.cdiv(d, block_d)
     layout = {
         "PARTS": parts,
         "BLOCK_T": block_t,
         "BLOCK_L": block_l,
+        "PARTS_D": parts_d,
         "BLOCK_D": block_d,
         "BLOCK_K": max(triton.next_power_of_2(k), 16),
         "TILE_N": tile_atoms(block_d, warps),
         "DEPTH": min(parts, 4),
         "num_warps": warps,
     }
-    needed = parts * block_l + block_d // (32 * warps) + 80
-    if needed <= 168:  # three or four programs on a processor
+    needed = parts * block_l + 4 * parts_d + 88
+    if needed <= 168 and most == 128:  # room for three or four programs on a processor
         layout["maxnreg"] = 128 if needed <= 128 else 168
     return layout
 
 
 def row_layout(
-    n: int, d: int, itemsize: int, settings: Settings, arch: str, version: tuple[int, int]
+    n: int, d: int, itemsize: int, settings: Settings, arch: str
 ) -> dict[str, int] | None:
     """:func:`block_layout` for a device, None where rows do not fit in its registers."""
-    limit = register_atoms(itemsize, settings, arch, version)
-    if n > limit or d > 8192 or settings.k > 4096:
+    sliced = settings.slices is not None
+    # what takes registers of its own for each atom, by bench/aot.py
+    crowded = sliced or (arch.startswith("sm_1") and settings.select == "abs")
+    layout = block_layout(n, d, settings.k, itemsize, most=64 if crowded else 128)
+    if layout is None or d > 8192 or settings.k > 4096:
         return None
-    layout = block_layout(n, d, settings.k, itemsize)
     if arch == "hip":  # 64 threads a warp
         layout["num_warps"] //= 2
     return launch_options(layout, arch)
@@ -443,11 +344,11 @@ def gram_pursuit(
     """
     n, d = dictionary.shape
     k, itemsize = settings.k, gram.entries.element_size()
-    layout = row_layout(n, d, itemsize, settings, architecture(x.device), triton_version())
+    layout = row_layout(n, d, itemsize, settings, architecture(x.device))
     if layout is None:
         raise ValueError(
             f"rows of n={n} correlations (d={d}, k={k}) do not fit in the registers of "
-            f"{architecture(x.device)} with Triton {triton.__version__}; use method='chunked'"
+            f"{architecture(x.device)}; use method='chunked'"
         )
     tied = encoder is None
     x, dictionary = dense_rows(x), dense_rows(dictionary)

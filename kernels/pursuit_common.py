@@ -102,9 +102,39 @@ def _atom_row(ptr, j, stride, offs_d, d):
 
 
 @triton.jit
-def _correlate_atom(residual, atom, bias_ptr, j):
+def _atom_parts(ptr, j, stride, offs_d, d, PARTS_D: tl.constexpr):
+    """Row j of a matrix as fp32, ``PARTS_D`` times ``[BLOCK_D]``, of which the last may be short.
+
+    A row of 2304 values takes five parts of 512 where one block would take 4096.
+    """
+    BLOCK_D: tl.constexpr = offs_d.shape[0]
+    row_ptr = ptr + j.to(tl.int64) * stride
+    row = ()
+    for part in tl.static_range(PARTS_D - 1):
+        row = row + (tl.load(row_ptr + part * BLOCK_D + offs_d).to(tl.float32),)
+    begin: tl.constexpr = (PARTS_D - 1) * BLOCK_D
+    last = tl.load(row_ptr + begin + offs_d, mask=offs_d < d - begin, other=0.0)
+    return row + (last.to(tl.float32),)
+
+
+@triton.jit
+def _products(a, b, PARTS_D: tl.constexpr):
+    """Products of two rows in parts, those of all parts added up: ``[BLOCK_D]``."""
+    total = a[0] * b[0]
+    for part in tl.static_range(1, PARTS_D):
+        total += a[part] * b[part]
+    return total
+
+
+@triton.jit
+def _norm(r, PARTS_D: tl.constexpr):
+    return tl.sqrt(tl.sum(_products(r, r, PARTS_D), axis=0))
+
+
+@triton.jit
+def _correlate_atom(residual, atom, bias_ptr, j, PARTS_D: tl.constexpr):
     """<residual, atom> + bias_j in fp32."""
-    correlation = tl.sum(residual * atom, axis=0)
+    correlation = tl.sum(_products(residual, atom, PARTS_D), axis=0)
     if bias_ptr is not None:
         correlation += tl.load(bias_ptr + j).to(tl.float32)
     return correlation
@@ -122,7 +152,7 @@ def _is_new(indices_row_ptr, j, t, offs_k):
 def _subtract_atom(
     r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, diagonal, d, stride_dictionary,
     stride_encoder, offs_d, correlation_threshold, TIED: tl.constexpr, SELECT: tl.constexpr,
-    NORM: tl.constexpr,
+    PARTS_D: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Take atom j where it is good enough.
 
@@ -130,22 +160,27 @@ def _subtract_atom(
     the step), the coefficient, whether j was taken, and with NORM <r, r> before the step and
     <r, encoder_j> without its bias, else 0.
     """
-    atom = _atom_row(encoder_ptr, j, stride_encoder, offs_d, d)
+    atom = _atom_parts(encoder_ptr, j, stride_encoder, offs_d, d, PARTS_D)
     square = 0.0
+    product = _products(r, atom, PARTS_D)
     if NORM:  # both sums at once: one costs as much as two, in barriers and exchanges
-        product, square = tl.split(tl.sum(tl.join(r * atom, r * r), axis=0))
+        both = tl.join(product, _products(r, r, PARTS_D))
+        product, square = tl.split(tl.sum(both, axis=0))
     else:
-        product = tl.sum(r * atom, axis=0)
+        product = tl.sum(product, axis=0)
     exact = product
     if bias_ptr is not None:
         exact += tl.load(bias_ptr + j).to(tl.float32)
     going = going & (_score(exact, SELECT) > correlation_threshold)
     a = tl.where(going, _value(exact, SELECT), 0.0)
     if not TIED:
-        atom = _atom_row(dictionary_ptr, j, stride_dictionary, offs_d, d)
+        atom = _atom_parts(dictionary_ptr, j, stride_dictionary, offs_d, d, PARTS_D)
     if diagonal is not None:
         exact -= a * diagonal
-    return r - a * atom, exact, a, going, square, product
+    rest = ()
+    for part in tl.static_range(PARTS_D):
+        rest = rest + (r[part] - a * atom[part],)
+    return rest, exact, a, going, square, product
 
 
 @triton.jit
@@ -165,9 +200,9 @@ def _record_step(
 
 
 @triton.jit
-def _start_bound(relative, r, atom_norm, bias_norm_ptr):
+def _start_bound(relative, r, atom_norm, bias_norm_ptr, PARTS_D: tl.constexpr):
     """Bound on the errors of <r, encoder_i> + bias_i, ``relative`` that of the products."""
-    bound = relative * tl.sqrt(tl.sum(r * r, axis=0)) * atom_norm
+    bound = relative * _norm(r, PARTS_D) * atom_norm
     if bias_norm_ptr is not None:
         bound += 2.4e-7 * tl.load(bias_norm_ptr)  # two roundings of a sum with the bias
     return bound
@@ -185,10 +220,12 @@ def _grown_bound(bound, a, error, j, norm, atom_norm, bias_norm_ptr, dot_error, 
 @triton.jit
 def _finish_row(
     indices_row_ptr, values_row_ptr, residual_row_ptr, r, t, d, k, offs_d, offs_k,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, PARTS_D: tl.constexpr,
 ):  # fmt: skip
     """Write the residual, and zeros where no step was taken."""
-    tl.store(residual_row_ptr + offs_d, r, mask=offs_d < d)
+    for part in tl.static_range(PARTS_D):
+        place = part * offs_d.shape[0] + offs_d
+        tl.store(residual_row_ptr + place, r[part], mask=place < d)
     unused = (offs_k >= t) & (offs_k < k)
     tl.store(indices_row_ptr + offs_k, tl.zeros([BLOCK_K], tl.int64), mask=unused)
     tl.store(values_row_ptr + offs_k, tl.zeros([BLOCK_K], tl.float32), mask=unused)
@@ -197,18 +234,22 @@ def _finish_row(
 @triton.jit
 def _correlate_all(
     correlation_ptr, residual, encoder_ptr, bias_ptr, n, d, stride_encoder, offs_d,
-    TILE_N: tl.constexpr,
+    TILE_N: tl.constexpr, PARTS_D: tl.constexpr,
 ):  # fmt: skip
     """Write residual . encoder^T + bias over a correlation row: 2 d n FLOP by one program."""
     for start in range(0, n, TILE_N):
         offs_n = start + tl.arange(0, TILE_N)
         mask_n = offs_n < n
-        atoms = tl.load(
-            encoder_ptr + offs_n.to(tl.int64)[:, None] * stride_encoder + offs_d[None, :],
-            mask=mask_n[:, None] & (offs_d < d)[None, :],
-            other=0.0,
-        ).to(tl.float32)  # [TILE_N, BLOCK_D]
-        correlation = tl.sum(atoms * residual[None, :], axis=1)
+        total = tl.zeros([TILE_N, offs_d.shape[0]], tl.float32)
+        for part in tl.static_range(PARTS_D):
+            place = part * offs_d.shape[0] + offs_d
+            atoms = tl.load(
+                encoder_ptr + offs_n.to(tl.int64)[:, None] * stride_encoder + place[None, :],
+                mask=mask_n[:, None] & (place < d)[None, :],
+                other=0.0,
+            )  # [TILE_N, BLOCK_D]
+            total += atoms.to(tl.float32) * residual[part][None, :]
+        correlation = tl.sum(total, axis=1)
         if bias_ptr is not None:
             correlation += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
         tl.store(correlation_ptr + offs_n, correlation, mask=mask_n)
@@ -355,12 +396,6 @@ def architecture(device: torch.device) -> str:
         return "hip"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
-
-
-def triton_version() -> tuple[int, int]:
-    """Major and minor number of the Triton at hand."""
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
 
 
 def launch_options(layout: dict[str, Any], arch: str) -> dict[str, Any]:

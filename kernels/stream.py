@@ -28,7 +28,8 @@ from torch import Tensor
 from mpsae.kernels.pursuit_common import (
     Outputs,
     Settings,
-    _atom_row,
+    _atom_parts,
+    _norm,
     _record_step,
     _score,
     _slice_of_step,
@@ -164,18 +165,19 @@ def _stream_step_kernel(
     j = tl.minimum(tl.maximum(j, 0), n - 1)
     going = (t < limit) & (top > float("-inf"))
 
-    r = _atom_row(residual_ptr, row, d, offs_d, d)
+    r = _atom_parts(residual_ptr, row, d, offs_d, d, 1)
     r, _, a, going, _, _ = _subtract_atom(
         r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, None, d, stride_dictionary,
-        stride_encoder, offs_d, correlation_threshold, TIED, SELECT, False,
+        stride_encoder, offs_d, correlation_threshold, TIED, SELECT, 1,
+                False,
     )  # fmt: skip
-    tl.store(residual_ptr + row * d + offs_d, r, mask=(offs_d < d) & going)
+    tl.store(residual_ptr + row * d + offs_d, r[0], mask=(offs_d < d) & going)
     if banned_ptr is not None:
         word_ptr = banned_ptr + row * words + j // 32
         tl.store(word_ptr, tl.load(word_ptr) | (1 << (j % 32)), mask=going)
     norm = 0.0
     if STOP_ON_NORM:
-        norm = tl.sqrt(tl.sum(r * r, axis=0))
+        norm = _norm(r, 1)
     steps, going = _record_step(
         indices_ptr + row * k, values_ptr + row * k, j, a, t, limit, going, norm,
         residual_threshold, offs_k, STOP_ON_REPEAT, STOP_ON_NORM,

@@ -28,7 +28,6 @@ try:
         architecture,
         check_gram,
         check_problem,
-        triton_version,
     )
 except ImportError as error:  # Triton is there on Linux only
     _missing = f"Triton cannot be imported ({error})"
@@ -126,7 +125,6 @@ def choose(
     settings: Settings,
     *,
     arch: str,
-    version: tuple[int, int],
     dtype: torch.dtype = torch.bfloat16,
     entries: Literal["int16", "fp32"] = "int16",
     tied: bool = True,
@@ -144,7 +142,6 @@ def choose(
         B, d, n: rows, dimensions, atoms.
         settings: ``k`` and the options, of which some cost registers.
         arch: ``sm_90`` and the like, ``hip`` or ``cpu``.
-        version: major and minor number of Triton.
         dtype: of the dictionary.
         entries: format of the Gram matrix.
         tied: whether the dictionary is its own encoder.
@@ -157,7 +154,7 @@ def choose(
         does not pay for itself or does not fit.
     """
     itemsize = 2 if entries == "int16" else 4
-    layout = gram_pursuit.row_layout(n, d, itemsize, settings, arch, version)
+    layout = gram_pursuit.row_layout(n, d, itemsize, settings, arch)
     if layout is None:
         kernel: Kernel = "chunked"
         where = f"{n} correlations do not fit in the registers of {arch}"
@@ -277,9 +274,8 @@ def pursuit(
 def choose_on(
     device: torch.device, B: int, d: int, n: int, settings: Settings, **known: Any
 ) -> Choice:
-    """Ask :func:`choose` for the architecture of a device and the Triton at hand."""
-    arch, version = architecture(device), triton_version()
-    return choose(B, d, n, settings, arch=arch, version=version, **known)
+    """Ask :func:`choose` for the architecture of a device."""
+    return choose(B, d, n, settings, arch=architecture(device), **known)
 
 
 def _kernel(

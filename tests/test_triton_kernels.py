@@ -1,5 +1,7 @@
 """The Triton kernels against the reference: on a GPU where there is one, else interpreted."""
 
+from unittest import mock
+
 import pytest
 import torch
 from triton_problems import FAST_MARGIN, MARGIN, assert_pursuit, problem
@@ -11,6 +13,8 @@ pytest.importorskip("triton")
 
 import triton_interpreter
 
+from mpsae.kernels import gram_pursuit
+from mpsae.kernels.gram_pursuit import block_layout
 from mpsae.kernels.pursuit_common import Settings
 from mpsae.kernels.triton_pursuit import build_gram, choose
 
@@ -36,16 +40,29 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
-GRAM_METHODS = ["registers", "chunked"]
+GRAM_METHODS = ["registers", "parts", "chunked"]
 METHODS = [*GRAM_METHODS, "stream"]
+
+
+def in_parts(n, d, k, itemsize, most):
+    """Blocks for rows and atoms in as many parts as those of large ones have."""
+    layout = block_layout(n, d, k, itemsize, most)
+    lanes = layout["BLOCK_L"]
+    layout |= {"BLOCK_T": 2, "PARTS": -(-n // (2 * lanes)), "DEPTH": 3}
+    return layout | {"BLOCK_D": 16, "PARTS_D": -(-d // 16), "TILE_N": 32}
 
 
 def pursue(
     x, dictionary, k, *, method="registers", encoder=None, bias=None, entries="int16", **options
 ):
-    """Run one of the Triton pursuits."""
+    """Run one of the Triton pursuits; ``parts`` is ``registers`` with small blocks."""
     gram = None if method == "stream" else build_gram(dictionary, encoder, entries=entries)
-    return triton_pursuit.pursuit(x, dictionary, encoder, bias, gram, k=k, method=method, **options)
+    layout = in_parts if method == "parts" else block_layout
+    method = "registers" if method == "parts" else method
+    with mock.patch.object(gram_pursuit, "block_layout", layout):
+        return triton_pursuit.pursuit(
+            x, dictionary, encoder, bias, gram, k=k, method=method, **options
+        )
 
 
 def untied_like(dictionary):
@@ -268,7 +285,7 @@ def test_gram_is_made_where_wanted(method, like):
         assert torch.equal(one, other)
 
 
-LARGE = {"B": 65536, "d": 2304, "settings": Settings(85), "arch": "sm_90", "version": (3, 6)}
+LARGE = {"B": 65536, "d": 2304, "settings": Settings(85), "arch": "sm_90"}
 
 
 @pytest.mark.parametrize(
@@ -276,20 +293,13 @@ LARGE = {"B": 65536, "d": 2304, "settings": Settings(85), "arch": "sm_90", "vers
     [
         ({"n": 16384}, "registers"),
         ({"n": 32768}, "registers"),
-        ({"n": 32768, "version": (3, 9)}, "chunked"),
-        ({"n": 32768, "arch": "sm_100"}, "chunked"),
-        ({"n": 32768, "arch": "sm_80"}, "chunked"),
-        ({"n": 32768, "entries": "fp32"}, "chunked"),
-        ({"n": 32768, "settings": Settings(85, stop_on_repeat=True)}, "chunked"),
-        ({"n": 32768, "settings": Settings(85, slices=torch.zeros(85, 2))}, "chunked"),
-        (
-            {
-                "n": 4096,
-                "arch": "sm_100",
-                "settings": Settings(85, slices=torch.zeros(85, 2), stop_on_repeat=True),
-            },
-            "chunked",
-        ),
+        ({"n": 32769}, "chunked"),
+        ({"n": 32768, "arch": "hip"}, "registers"),
+        ({"n": 32768, "entries": "fp32"}, "registers"),
+        ({"n": 32768, "arch": "sm_100"}, "registers"),
+        ({"n": 32768, "arch": "sm_100", "settings": Settings(85, select="abs")}, "chunked"),
+        ({"n": 16384, "settings": Settings(85, slices=torch.zeros(85, 2))}, "registers"),
+        ({"n": 16385, "settings": Settings(85, slices=torch.zeros(85, 2))}, "chunked"),
         ({"n": 65536}, "chunked"),
         ({"n": 65536, "memory_bytes": 2**33}, "stream"),
         ({"n": 65536, "memory_bytes": 2**33, "gram_at_hand": True}, "chunked"),
