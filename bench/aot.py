@@ -10,6 +10,7 @@ A line for each kernel, configuration and target:
     fits          whether the target has that much shared memory and as many registers
     wide_loads    whether global memory is read in 128-bit loads
     wide_atomics  whether fp32 is added to global memory four at a time (not in the table)
+    lanes_apart   values between lanes that add one at a time, 1 elsewhere (not in the table)
     tensor_core   wgmma, mma, tcgen05, mfma or null
 Only what a launcher would use is compiled: configurations that go to another kernel are left out.
 What runs on a GPU is compiled from run-time arguments: pointers and integers are declared
@@ -36,10 +37,12 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # a kernel made for the interpreter cannot be compiled
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import sass
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from turns import lanes_apart
 
 from mpsae.kernels import (
     gram_build,
@@ -244,24 +247,54 @@ def stream_cases(arch: str) -> Iterator[Case]:
     )  # fmt: skip
 
 
+def backward_case(config: dict[str, Any], arch: str) -> Case:
+    """Describe the reverse walk: ``d``, ``dtype``, ``tied`` and ``atomic``."""
+    function = pursuit_backward._pursuit_backward_kernel
+    layout = pursuit_backward.row_layout(config["d"], arch, atomic=config["atomic"])
+    options = {key: layout.pop(key) for key in ("num_warps", "maxnreg") if key in layout}
+    weights = dict.fromkeys(("dictionary_ptr", "encoder_ptr"), "*" + config["dtype"])
+    absent = ("grad_encoder_ptr", "grad_bias_ptr") if config["tied"] else ()
+    switches = {"RELU": True, "DETACH": False, "ATOMIC": config["atomic"]}
+    types = {**weights, "indices_ptr": "*i64", "steps_ptr": "*i64"}
+    return Case(
+        "pursuit_backward", function, config, pointers(function, types, absent),
+        {**switches, **dict.fromkeys(absent), **layout}, options,
+    )  # fmt: skip
+
+
 def pursuit_backward_cases(arch: str) -> Iterator[Case]:
     """Reverse walk over widths and dtypes, by atomics and in order."""
-    function = pursuit_backward._pursuit_backward_kernel
     for d, name, tied, atomic in itertools.product(
         (64, 768, 4096, 8192), ("bf16", "fp32"), (True, False), (True, False)
     ):
-        layout = pursuit_backward.row_layout(d, arch)
-        options = {key: layout.pop(key) for key in ("num_warps", "maxnreg") if key in layout}
-        types = {
-            "dictionary_ptr": "*" + name, "encoder_ptr": "*" + name, "indices_ptr": "*i64",
-            "steps_ptr": "*i64",
-        }  # fmt: skip
-        absent = ("grad_encoder_ptr", "grad_bias_ptr") if tied else ()
-        switches = {"RELU": True, "DETACH": False, "ATOMIC": atomic, **dict.fromkeys(absent)}
-        yield Case(
-            "pursuit_backward", function, {"d": d, "dtype": name, "tied": tied, "atomic": atomic},
-            pointers(function, types, absent), {**switches, **layout}, options,
-        )  # fmt: skip
+        config = {"d": d, "dtype": name, "tied": tied, "atomic": atomic}
+        yield backward_case(config, arch)
+
+
+def sparse_case(kernel: str, config: dict[str, Any], k: int, arch: str) -> Case:
+    """Describe a sparse sum: ``d`` and ``dtype``."""
+    d = config["d"]
+    layout = {
+        "sparse_decode": lambda: sparse_decode.decode_layout(k, d),
+        "sparse_dot": lambda: sparse_decode.row_layout(d),
+        "sparse_scatter": lambda: sparse_decode.scatter_layout(k, d, arch),
+    }[kernel]()
+    function = getattr(sparse_decode, f"_{kernel}_kernel")
+    tensors = ("y_ptr", "v_ptr", "x_ptr", "dictionary_ptr")
+    types = {**dict.fromkeys(tensors, "*" + config["dtype"]), "indices_ptr": "*i64"}
+    options = {"num_warps": layout.pop("num_warps")}
+    return Case(kernel, function, config, pointers(function, types), layout, options)
+
+
+def segments_case(config: dict[str, Any]) -> Case:
+    """Describe the sum in order: ``dtype`` and ``weighted``."""
+    function = segments._segment_sum_kernel
+    types = {"source_ptr": "*" + config["dtype"], "row_ptr": "*i64", "starts_ptr": "*i64"}
+    absent = () if config["weighted"] else ("weight_ptr",)
+    sizes = {"BLOCK_P": segments.BLOCK_P, "BLOCK_D": segments.BLOCK_D, **dict.fromkeys(absent)}
+    return Case(
+        "segment_sum", function, config, pointers(function, types, absent), sizes, {"num_warps": 4}
+    )
 
 
 def decode_cases(arch: str) -> Iterator[Case]:
@@ -269,24 +302,9 @@ def decode_cases(arch: str) -> Iterator[Case]:
     for kernel, d, name in itertools.product(
         ("sparse_decode", "sparse_dot", "sparse_scatter"), (64, 768, 4096, 8192), ("bf16", "fp32")
     ):
-        function = getattr(sparse_decode, f"_{kernel}_kernel")
-        tensors = dict.fromkeys(("y_ptr", "v_ptr", "x_ptr", "dictionary_ptr"), "*" + name)
-        rows = kernel == "sparse_dot"
-        layout = sparse_decode.row_layout(d) if rows else sparse_decode.tile_layout(32, d)
-        options = {"num_warps": layout.pop("num_warps")}
-        yield Case(
-            kernel, function, {"d": d, "dtype": name},
-            pointers(function, {**tensors, "indices_ptr": "*i64"}), layout, options,
-        )  # fmt: skip
-    function = segments._segment_sum_kernel
+        yield sparse_case(kernel, {"d": d, "dtype": name}, 32, arch)
     for name, weighted in (("fp32", False), ("fp32", True), ("bf16", True)):
-        types = {"source_ptr": "*" + name, "row_ptr": "*i64", "starts_ptr": "*i64"}
-        absent = () if weighted else ("weight_ptr",)
-        sizes = {"BLOCK_P": segments.BLOCK_P, "BLOCK_D": segments.BLOCK_D}
-        yield Case(
-            "segment_sum", function, {"dtype": name, "weighted": weighted},
-            pointers(function, types, absent), {**sizes, **dict.fromkeys(absent)}, {"num_warps": 4},
-        )  # fmt: skip
+        yield segments_case({"dtype": name, "weighted": weighted})
 
 
 def cases(arch: str) -> Iterator[Case]:
@@ -342,10 +360,10 @@ def disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
         usage = subprocess.run(
             [TOOLS / "cuobjdump", "--dump-resource-usage", path], capture_output=True, text=True
         ).stdout
-        sass = subprocess.run(
+        code = subprocess.run(
             [TOOLS / "nvdisasm", "-c", "-gi", path], capture_output=True, text=True
-        )
-    return {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}, sass.stdout
+        ).stdout
+    return {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}, code
 
 
 def count(pattern: str, text: str) -> dict[str, int]:
@@ -364,6 +382,7 @@ def measure(case: Case, target_name: str) -> dict[str, Any]:
         loads = count(r"\b(?:LDG|LDGSTS|UTMALDG)(?:\.[A-Z0-9]+)*(?=\s)", code)
         wide = any("128" in name or "UTMALDG" in name for name in loads)
         wide_atomics = bool(re.search(r"\bREDG?\.\S*F32x4", code))
+        apart = lanes_apart([one for block in sass.blocks(code) for one in block.code])
         fits = regs * 32 * kernel.metadata.num_warps <= REGISTERS_PER_BLOCK
         code = kernel.asm["ptx"]
     else:
@@ -377,13 +396,13 @@ def measure(case: Case, target_name: str) -> dict[str, Any]:
         regs, spill = number["vgpr_count"], number["private_segment_fixed_size"]
         loads = count(r"\b(?:global|buffer)_load[a-z0-9_]*", code)
         wide = any("x4" in name for name in loads)
-        wide_atomics, fits = False, True
+        wide_atomics, apart, fits = False, None, True
     tensor_core = next((name for name, p in TENSOR_CORE.items() if re.search(p, code)), None)
     shared = kernel.metadata.shared
     return {
         **line, "num_warps": kernel.metadata.num_warps, "regs": regs, "spill_bytes": spill,
         "shared_bytes": shared, "fits": fits and shared <= SHARED_LIMIT[target.arch],
-        "wide_loads": wide, "wide_atomics": wide_atomics,
+        "wide_loads": wide, "wide_atomics": wide_atomics, "lanes_apart": apart,
         "tensor_core": tensor_core, "triton": triton.__version__,
     }  # fmt: skip
 

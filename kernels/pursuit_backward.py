@@ -33,7 +33,7 @@ from mpsae.kernels.pursuit_common import (
     dense,
     dense_rows,
 )
-from mpsae.kernels.segments import segment_sum, sort_by_atom
+from mpsae.kernels.segments import adjacent_values, segment_sum, sort_by_atom
 from mpsae.kernels.triton_pursuit import check_device
 
 Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -68,11 +68,12 @@ def _pursuit_backward_kernel(
     DETACH: tl.constexpr,
     ATOMIC: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ADJACENT: tl.constexpr,
 ):  # fmt: skip
     TIED: tl.constexpr = grad_encoder_ptr is None
     row = tl.program_id(0).to(tl.int64)
-    # four in a row: a thread that held eight 16-bit values could not add them without an exchange
-    offs_d = tl.max_contiguous(tl.arange(0, BLOCK_D), [4])
+    # a thread that held eight 16-bit values in a row could not add them without an exchange
+    offs_d = tl.max_contiguous(tl.arange(0, BLOCK_D), [ADJACENT])
     r = _atom_row(residual_ptr, row, d, offs_d, d)
     if grad_residual_ptr is not None:
         g = _atom_row(grad_residual_ptr, row, d, offs_d, d)
@@ -109,13 +110,15 @@ def _pursuit_backward_kernel(
     tl.store(grad_x_ptr + row * d + offs_d, g, mask=offs_d < d)
 
 
-def row_layout(d: int, arch: str) -> dict[str, int]:
+def row_layout(d: int, arch: str, *, atomic: bool = True) -> dict[str, int]:
     """Block and warps for rows of ``d`` values: 16 a thread up to d = 8192, nothing spilt."""
     block_d = max(triton.next_power_of_2(d), 16)
-    layout = {"BLOCK_D": block_d, "num_warps": min(max(block_d // 512, 1), 16)}
+    layout = {"BLOCK_D": block_d, "num_warps": min(max(block_d // 512, 1), 16), "ADJACENT": 4}
     if arch.startswith("sm_8") and layout["num_warps"] <= 8:
         # left to itself the compiler spills a value or two for one more program on a processor
         layout["maxnreg"] = 96
+        if atomic:  # with more warps there are no registers for the addresses of single values
+            layout["ADJACENT"] = adjacent_values(arch)
     return layout
 
 
@@ -193,7 +196,7 @@ def pursuit_backward(
             None if grad_values is None else grad_values[part],
             n, d, k, dictionary.stride(0), readers.stride(0),
             RELU=select == "relu", DETACH=detach_residual, ATOMIC=atomic,
-            **row_layout(d, architecture(device)),
+            **row_layout(d, architecture(device), atomic=atomic),
         )  # fmt: skip
 
     with torch.cuda.device_of(dictionary):

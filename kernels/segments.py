@@ -70,6 +70,15 @@ def _segment_sum_kernel(
     tl.store(target_ptrs, before + tl.sum(total, axis=0), mask=mask_d)
 
 
+def adjacent_values(arch: str) -> int:
+    """Values in a row that a thread holds to add them by atomics: as many as one adds.
+
+    Four on sm_90 and later. sm_8x adds one at a time, and lanes that were four values apart would
+    send each sector of the L2 cache to it four times, a fourth of it filled.
+    """
+    return 1 if arch.startswith("sm_8") else 4
+
+
 def sort_by_atom(indices: Tensor, used: Tensor, n: int) -> Segments:
     """Sort the places of ``indices`` by atom, those that are not ``used`` left out.
 

@@ -23,8 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpsae.kernels.pursuit_common import check_dictionary, dense, dense_rows
-from mpsae.kernels.segments import segment_sum, sort_by_atom
+from mpsae.kernels.pursuit_common import (
+    architecture,
+    check_dictionary,
+    dense,
+    dense_rows,
+)
+from mpsae.kernels.segments import adjacent_values, segment_sum, sort_by_atom
 from mpsae.kernels.triton_pursuit import check_device
 
 
@@ -104,10 +109,12 @@ def _sparse_scatter_kernel(
     n, d, k,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ADJACENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    # four in a row: a thread that held eight 16-bit values could not add them without an exchange
-    offs_d = tl.program_id(1) * BLOCK_D + tl.max_contiguous(tl.arange(0, BLOCK_D), [4])[None, :]
+    # a thread that held eight 16-bit values in a row could not add them without an exchange
+    offs_d = tl.max_contiguous(tl.arange(0, BLOCK_D), [ADJACENT])[None, :]
+    offs_d += tl.program_id(1) * BLOCK_D
     mask_d = offs_d < d
     x = tl.load(x_ptr + row * d + offs_d, mask=mask_d, other=0.0).to(tl.float32)  # [1, BLOCK_D]
     for start in range(0, k, BLOCK_T):
@@ -121,9 +128,19 @@ def _sparse_scatter_kernel(
         )
 
 
-def tile_layout(k: int, d: int) -> dict[str, int]:
-    """Tiles of places by dimensions: 32 values a thread."""
-    block_d = min(max(triton.next_power_of_2(d), 16), 1024)
+def decode_layout(k: int, d: int) -> dict[str, int]:
+    """Tiles of places by dimensions: the widest of those that reach beyond ``d`` least."""
+    return _tiles(k, d, min((1024, 512, 256, 128), key=lambda width: triton.cdiv(d, width) * width))
+
+
+def scatter_layout(k: int, d: int, arch: str) -> dict[str, int]:
+    """Tiles as wide as can be, and how many values in a row a thread holds."""
+    return {**_tiles(k, d, 1024), "ADJACENT": adjacent_values(arch)}
+
+
+def _tiles(k: int, d: int, widest: int) -> dict[str, int]:
+    """32 values a thread."""
+    block_d = min(max(triton.next_power_of_2(d), 16), widest)
     block_t = min(triton.next_power_of_2(max(k, 1)), 4)
     return {"BLOCK_T": block_t, "BLOCK_D": block_d, "num_warps": max(block_t * block_d // 1024, 1)}
 
@@ -160,7 +177,7 @@ def sparse_decode(indices: Tensor, values: Tensor, dictionary: Tensor) -> Tensor
     atoms = dense_rows(dictionary)
     y = dictionary.new_empty(B, d)
     if B:
-        layout = tile_layout(k, d)
+        layout = decode_layout(k, d)
         with torch.cuda.device_of(dictionary):
             _sparse_decode_kernel[(B, triton.cdiv(d, layout["BLOCK_D"]))](
                 y, indices, values, atoms, n, d, k, atoms.stride(0), **layout
@@ -238,7 +255,7 @@ def sparse_scatter(
             weights = values.flatten()[segments.order]
             segment_sum(sums, x, segments, segments.order // k, weights)
         else:
-            layout = tile_layout(k, d)
+            layout = scatter_layout(k, d, architecture(x.device))
             _sparse_scatter_kernel[(B, triton.cdiv(d, layout["BLOCK_D"]))](
                 sums, indices, values, x, n, d, k, **layout
             )

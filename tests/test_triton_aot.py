@@ -95,6 +95,15 @@ def test_gradients_are_added_four_at_a_time():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("kernel", ["pursuit_backward", "sparse_scatter"])
+def test_gradients_added_one_at_a_time_fill_sectors(kernel):
+    config = ("d=768", "dtype=bf16")
+    lines = table("--kernel", kernel, "--target", "cuda:80", "--config", *config)
+    assert_fit(lines, kernel)
+    assert not any(line["wide_atomics"] for line in lines)
+    assert {line["lanes_apart"] for line in lines} == {1}
+
+
 def test_sparse_sums_fit_and_are_added_four_at_a_time():
     for kernel in ("sparse_decode", "sparse_dot", "sparse_scatter"):
         config = ("d=4096", "dtype=bf16")

@@ -127,6 +127,16 @@ def test_unused_places_and_places_out_of_range_are_not_read(deterministic):
     torch.testing.assert_close(found[2], total, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("d", [20, 129, 384, 768, 2048, 2304, 8192])
+def test_tiles_of_a_decode_reach_least_beyond_a_row(d):
+    def lanes(width):
+        return -(-d // width) * width
+
+    width = kernels.decode_layout(32, d)["BLOCK_D"]
+    assert lanes(width) == min(lanes(2**power) for power in range(min(7, d.bit_length()), 11))
+    assert width == 1024 or lanes(2 * width) > lanes(width)
+
+
 @MODES
 @pytest.mark.parametrize(("B", "k"), [(0, 3), (3, 0)], ids=str)
 def test_nothing_to_sum(B, k, deterministic):
