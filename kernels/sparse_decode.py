@@ -146,9 +146,9 @@ def _tiles(k: int, d: int, widest: int) -> dict[str, int]:
 
 
 def row_layout(d: int) -> dict[str, int]:
-    """Places at a time for whole rows of ``d`` values: 32 values a thread up to d = 8192."""
+    """Places at a time for whole rows of ``d`` values: 64 values a thread up to d = 8192."""
     block_d = max(triton.next_power_of_2(d), 16)
-    return {"BLOCK_T": 2, "BLOCK_D": block_d, "num_warps": min(max(block_d // 512, 1), 16)}
+    return {"BLOCK_T": 4, "BLOCK_D": block_d, "num_warps": min(max(block_d // 512, 1), 16)}
 
 
 def sparse_decode(indices: Tensor, values: Tensor, dictionary: Tensor) -> Tensor:
