@@ -1,8 +1,9 @@
 """Simulate how many reads of Gram rows the L2 cache could serve, for several orders of tokens.
 
-    python bench/row_reuse.py -n 4096                               a few minutes on one core
-    python bench/row_reuse.py -n 16384 --max_tokens 40000
-    python bench/row_reuse.py -n 256 -k 8 --max_tokens 4096 --tokens 4096       to see that it runs
+    python bench/row_reuse.py -n 4096                            two minutes on one core
+    python bench/row_reuse.py -n 16384 --max_tokens 40000 --tokens 4096          three
+    python bench/row_reuse.py -n 4096 -k 32 --max_tokens 600000 --tokens 4096    three
+    python bench/row_reuse.py -n 256 -k 8 --max_tokens 4096 --tokens 4096        to see that it runs
 
 What is read are the choices of an MP-SAE trained here, on held-out activations of the embedded
 model, and random ones. It is trained for the largest k; a smaller k is the first steps of its
@@ -10,7 +11,7 @@ codes. row_cache.py has the model of a launch and what it leaves out.
 
 A dictionary of n atoms stands for one of N: rows in the cache, programs and tokens are multiplied
 by n / N, so that each atom is read as often and the same part of all rows is held. Writes
-results/row-reuse-<n>.json: shares of the reads that go to memory.
+results/row-reuse-<n>-<training tokens>.json: shares of the reads that go to memory.
 """
 
 from __future__ import annotations
@@ -185,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [r for k in options.k for r in simulate(reads.first(k), n, k, options.tokens)]
     print("\n".join(table(rows)))
     result = {"hookpoint": HOOKPOINT, "share": SHARE, "trained": trained, "rows": rows}
-    print(save(f"row-reuse-{n}", result, options.out))
+    print(save(f"row-reuse-{n}-{options.max_tokens}", result, options.out))
     return 0
 
 

@@ -82,7 +82,7 @@ def test_the_greedy_order_takes_who_shares_most_with_those_that_run():
 def test_the_program_runs_and_its_shares_are_in_order(tmp_path, capsys):
     call = f"-n 256 -k 3 6 --max_tokens 2048 --tokens 512 4096 --out {tmp_path}"
     assert row_reuse.main(call.split()) == 0
-    (file,) = tmp_path.glob("row-reuse-256.json")
+    (file,) = tmp_path.glob("row-reuse-256-2048.json")
     rows = json.loads(file.read_text())["rows"]
     assert len(rows) == 2 * 2 * 4 * 2
     for row in rows:
