@@ -95,11 +95,12 @@ def reads_of(sae: SparseAutoencoder, x: Tensor) -> Reads:
     code = sae.eval().encode(x)
     seen = x - sae.b_dec
     first, second = (seen @ sae.dictionary.T).topk(2, dim=1).indices.T
-    sides = (seen @ torch.pca_lowrank(x, q=BITS, niter=8)[2] > 0).long()
+    axes = torch.linalg.eigh(seen.T @ seen).eigenvectors[:, -BITS:]  # the main one last
+    sides = (seen @ axes > 0).long()
     keys = {
         "first atom": first,
         "two atoms": first * sae.config.d_sae + second,
-        "sketch": (sides << torch.arange(BITS - 1, -1, -1, device=x.device)).sum(1),
+        "sketch": (sides << torch.arange(BITS, device=x.device)).sum(1),
     }
     found = {name: key.cpu().numpy() for name, key in keys.items()}
     return Reads(code.indices.cpu().numpy(), code.steps.cpu().numpy(), found).first(sae.k)
