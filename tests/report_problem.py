@@ -9,7 +9,9 @@ NASTY = ["<script>alert(1)</script>", " &amp;", "\n", "\t\"'", "\u202egnp", "  "
 VOID = {"meta", "input", "br"}
 
 
-def make_sae(run, architecture, k, *, hookpoint="layers.2", without=(), n=64, **changed):
+def make_sae(
+    run, architecture, k, *, hookpoint="layers.2", without=(), n=64, prompts=None, **changed
+):
     """Write an SAE's folder under a run; ``changed`` are numbers of reconstruction.json."""
     folder = run / architecture / hookpoint
     folder.mkdir(parents=True)
@@ -29,13 +31,23 @@ def make_sae(run, architecture, k, *, hookpoint="layers.2", without=(), n=64, **
             "downstream_fvu": {"layers.3": 0.31, "layers.4": 0.4321},
             "fvu_at_k": [0.8, 0.5, 0.2] if pursuit else [],
             "l0_at_k": [1.0, 2.0, 3.0] if pursuit else [],
-            "encode_us": 12.5,
+            "encode_us": 12.5, "l0_min": k - 2, "l0_max": k + 3, "ce_clean": 2.5, "ce_sae": 2.75,
+            "ce_mean": 7.5, "mean_coherence": 0.0625, "babel": {"1": 0.5, "2": 0.875},
+            "babel_selected": {"1": 0.25, "2": 0.375},
+            "reselection_rate": 0.125 if pursuit else None,
+            "rescored_rate": 0.25 if pursuit else None,
         }
         | changed,
         "probing": start
         | {
             "activations": {"accuracy": 0.9, "f1": 0.777},
-            "sparse_probing": {"1": {"accuracy": 0.7, "f1": 0.625 - k / 1000}},
+            "sparse_probing": {
+                "1": {"accuracy": 0.7, "f1": 0.625 - k / 1000}, "5": {"accuracy": 0.8, "f1": 0.7},
+                "10": {"accuracy": 0.85, "f1": 0.75},
+            },
+            "tasks": {"first_letter": {"rows": 9}, "digit": {"rows": 9}, "comment": {
+                "unavailable": "the text is not Python source"}},
+            "prompts": prompts,
             "splitting": {"classes": 3, "latents": 1.5},
             "absorption": {"classes": 3, "fraction": 0.25 + k / 1000, "full": 0.1},
         },
@@ -55,6 +67,13 @@ def make_sae(run, architecture, k, *, hookpoint="layers.2", without=(), n=64, **
         if name not in without:
             files.write(folder, name, result)
     return folder
+
+
+def put_pursuit(folder, method, k, name="", **changed):
+    """Write what a pursuit in place of an SAE's encoder did; ``changed`` are its numbers."""
+    result = files.read(folder, "reconstruction") or {"tokens": 5000, "dataset": "words"}
+    result |= {"sae": {"k": k}, "ito": method, "fvu_at_k": [], "l0_at_k": []} | changed
+    files.write(folder, f"reconstruction-ito-{method}{name}", result)
 
 
 def latent(number, n):

@@ -89,7 +89,7 @@ def test_pictures_are_inline_with_words_and_the_colours_of_the_page(written):
         pictures[link] = figure.one("svg")
     names = ("fvu-l0", "fvu-encode-us", "fvu-train-us", "absorption-fvu", "probe-f1-fvu",
              "detection-fvu", "embedding-fvu", "firing-1", "firing-2", "downstream-1",
-             "downstream-2")  # fmt: skip
+             "downstream-2", "probing-1", "probing-2", "babel-1", "babel-2")  # fmt: skip
     assert set(pictures) == {f"page%20%231-figures/{name}.png" for name in names}
     assert {path.stem for path in (out.parent / "page #1-figures").iterdir()} == set(names)
 
@@ -218,7 +218,7 @@ def test_pictures_of_hookpoints_have_names_and_ids_of_their_own(tmp_path):
     folders = [make_sae(tmp_path, "topk", 4, hookpoint=f"layers.{i}", **few) for i in (1, 2)]
     records = [read_record(folder, tmp_path) for folder in folders]
     paths = write_report(records, tmp_path / "page.html")
-    names = ("fvu-l0", "detection-fvu", "embedding-fvu", "firing-1")
+    names = ("fvu-l0", "detection-fvu", "embedding-fvu", "firing-1", "babel-1")
     assert [p.stem for p in paths[1:]] == [f"part-{i}-{name}" for i in (1, 2) for name in names]
     root = read_page(paths[0].read_text(encoding="utf-8"))
     ids = [node.attributes["id"] for node in root.walk() if "id" in node.attributes]
@@ -257,6 +257,9 @@ def test_equal_files_give_equal_pages(written, run, tmp_path):
             "evaluation/reconstruction.json",
             '{"tokens": 1, "firing": {"log10_edges": [0], "counts": [1]}}', "1 edges of 1 counts",
         ),
+        ("evaluation/reconstruction.json", '{"tokens": 1, "babel": {"m": 1}}', "'m'"),
+        ("evaluation/reconstruction-ito-omp.json", '{"fvu": 0.5}', "has no 'tokens'"),
+        ("evaluation/reconstruction-ito-omp.json", '{"tokens": 5', "is cut short or damaged"),
         ("evaluation/latents.json", '{"tokens": 1, "latents": [{"id": 1}]}', "has no 'frequency'"),
         (
             "evaluation/latents.json",
@@ -291,7 +294,7 @@ def test_a_folder_without_saes_and_wrong_settings_are_errors(run, tmp_path, caps
 
 
 def test_an_sae_is_shown_once_however_it_is_named(tmp_path, capsys, monkeypatch):
-    make_sae(tmp_path, "topk", 16, without=["reconstruction"])
+    make_sae(tmp_path, "topk", 16, without=["reconstruction", "probing"])
     monkeypatch.chdir(tmp_path)
     assert main(["report", str(tmp_path / "topk"), "topk/layers.2", "--latents", "0"]) == 0
     assert capsys.readouterr().out == "report.html\n"  # and no pictures

@@ -2,7 +2,7 @@
 
 import browser
 import pytest
-from report_problem import make_sae
+from report_problem import make_sae, put_pursuit
 
 from mpsae.report import read_record, write_report
 
@@ -23,9 +23,11 @@ def window():
 def report(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / ("a" * 60)
     folders = [
-        make_sae(run, "matching_pursuit", 16, fvu=0.1), make_sae(run, "topk", 16),
+        make_sae(run, "matching_pursuit", 16, fvu=0.1),
+        make_sae(run, "topk", 16, prompts={"examples": 10, "spelled": 0.5}),
         make_sae(run, "of_a_name_that_is_rather_long_to_be_shown", 32, without=["probing"]),
-    ]  # fmt: skip
+    ]
+    put_pursuit(folders[1], "nonnegative_omp", 16)
     out = run.parent / "page.html"
     write_report([read_record(folder, run) for folder in folders], out)
     return out
@@ -50,10 +52,26 @@ def test_the_page_fits_asks_for_nothing_and_shows_its_pictures(
         "[...document.querySelectorAll('svg')].map((svg) => svg.getBoundingClientRect())"
         ".map((box) => [box.width, box.height, box.right])"
     )
-    assert len(sizes) == 10
+    assert len(sizes) == 16
     assert all(250 < w <= width and h > 180 and right <= width for w, h, right in sizes), sizes
     window.picture(tmp_path / "page.png")
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("width", "height"), WINDOWS)
+def test_an_encoder_and_the_pursuit_in_its_place_are_seen_at_once(window, report, width, height):
+    window.open(report, width=width, height=height)
+    boxes = window.value(
+        "(() => { const table = document.querySelector('table.encoders');"
+        "const frame = table.parentElement.getBoundingClientRect();"
+        "const place = [...table.querySelectorAll('thead th')]"
+        ".findIndex((th) => th.textContent === 'FVU');"
+        "return [...table.querySelectorAll('tbody tr')]"
+        ".map((row) => [...row.querySelectorAll('td')][place - 1].getBoundingClientRect())"
+        ".map((box) => [box.width, box.height, frame.right - box.right]) })()"
+    )
+    assert len(boxes) == 4  # it is open, and FVU is in sight before anything is moved
+    assert all(w > 0 and h > 0 and left >= 0 for w, h, left in boxes), boxes
 
 
 def test_dark_pages_have_other_colours_and_text_that_can_be_read(window, report):

@@ -74,6 +74,14 @@ class Comparison:
         return [*groups, (None, unknown)] if unknown else groups
 
 
+def taken_alike(entries: Sequence[Entry], measure: str) -> dict[str, list[Entry]]:
+    """Group SAEs by how a measure of them was taken; only within a group is it compared."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.record.conditions.get(measure, ""), []).append(entry)
+    return groups
+
+
 def comparisons(records: Sequence[Record]) -> list[Comparison]:
     """Put SAEs of one model and hookpoint together, and name all of them."""
     entries = _entries(records)

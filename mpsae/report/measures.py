@@ -42,8 +42,8 @@ MEASURES = (
             "Share of the model's cross-entropy that is kept with the reconstruction in place of "
             "the activations: 1 as with the activations, 0 as with their mean."),
     Measure("later_fvu", "later FVU", "Reconstruction", "lower", "", (), ".4f",
-            "FVU of the model's last layer with the reconstruction in place, against the clean "
-            "one."),
+            "FVU of a later layer's activations with the reconstruction in place, against the "
+            "clean ones: of the model's last layer, or the last one that was asked for."),
     Measure("dead", "dead", "Latents", "lower", "reconstruction", ("dead_fraction",), ".3f",
             "Share of the latents that fired on no held-out token."),
     Measure("dense", "dense", "Latents", "lower", "reconstruction", ("dense_fraction",), ".3f",
@@ -78,6 +78,37 @@ MEASURES = (
             "model is not in it.", "time to train on a token"),
 )  # fmt: skip
 MEASURE = {measure.name: measure for measure in MEASURES}
+
+
+def _more(name: str, label: str, form: str, meaning: str) -> Measure:
+    return Measure(name, label, "Reconstruction", None, "reconstruction", (name,), form, meaning)
+
+
+MORE = (
+    _more("l0_min", "least L0", ".0f", "L0 of the token that has the fewest latents."),
+    _more("l0_max", "most L0", ".0f", "L0 of the token that has the most."),
+    _more("ce_clean", "CE clean", ".4f", "Cross-entropy of the model, nats a token."),
+    _more("ce_sae", "CE SAE", ".4f", "The same with the reconstruction in place."),
+    _more("ce_mean", "CE mean", ".4f", "The same with the mean activation in place."),
+    _more("reselection_rate", "chosen again", ".3f",
+          "Share of a pursuit's steps that choose a latent which the token has already."),
+    _more("rescored_rate", "rescored", ".3f",
+          "Share of a pursuit's steps that the 16-bit Gram matrix left undecided, so that "
+          "candidates were scored again."),
+    _more("mean_coherence", "mean coherence", ".4f", "Mean absolute cosine of two atoms."),
+)  # fmt: skip
+"""What only the table of encoders has."""
+
+_ALL = MEASURE | {measure.name: measure for measure in MORE}
+IN_FULL = tuple(
+    _ALL[name] for name in (
+        "fvu", "l0", "l0_min", "l0_max", "cosine", "ce_recovered", "ce_clean", "ce_sae", "ce_mean",
+        "later_fvu", "dead", "dense", "reselection_rate", "rescored_rate", "coherence",
+        "mean_coherence", "encode_us",
+    )
+)  # fmt: skip
+"""Columns of the table of encoders."""
+
 ARROWS = {"lower": "↓", "higher": "↑", None: ""}
 COMMANDS = {
     "reconstruction": "eval",

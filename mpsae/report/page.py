@@ -9,8 +9,8 @@ from importlib import resources
 from pathlib import Path
 from urllib.parse import quote
 
-from mpsae.report import figures, latents, tables
-from mpsae.report.figures import Picture
+from mpsae.report import curves, figures, latents, numbers, tables
+from mpsae.report.drawing import Picture
 from mpsae.report.groups import Comparison, comparisons
 from mpsae.report.markup import Html, element, join
 from mpsae.report.records import Record
@@ -132,25 +132,30 @@ def _comparison(
             "p", "Bold: best of those at about equal L0 (within 10 %). ↓ lower is better, "
             "↑ higher is better.", class_="note",
         ),
+        tables.conditions(of),
         tables.meanings(),
         tables.missing([entry.record for entry in of.entries]),
     ]  # fmt: skip
     level = "h3" if several else "h2"
-    for heading, note, pictures in (
-        ("Reconstruction", None, figures.reconstruction(of)),
+    for heading, note, pictures, more in (
+        ("Reconstruction", None, figures.reconstruction(of), numbers.reconstruction(of)),
         (
             "Interpretability beside reconstruction",
             "FVU falls to the left. If SAEs that reconstruct better were less interpretable, the "
             "points on the left would have more absorption and lower scores than others of equal "
             "L0.",
             figures.interpretability(of),
+            None,
         ),
-        ("Firing frequencies", None, figures.latents(of)),
+        ("Sparse probing", None, curves.probing(of), None),
+        ("Firing frequencies", None, curves.firing(of), None),
+        ("Atoms that point the same way", None, curves.babel(of), None),
     ):
-        if pictures:
+        if pictures or more:
             parts.append(element(level, heading))
             parts += [element("p", note, class_="note")] if note else []
             parts.append(shown(pictures, prefix))
+            parts += [more] if more else []
     return parts
 
 

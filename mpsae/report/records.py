@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mpsae.evaluation import files
+from mpsae.evaluation.probing import FIRST_LETTER
+from mpsae.report.contents import at, by_size, number, reading
+from mpsae.report.encoders import Encoded, encoded, last, replaced
 from mpsae.report.measures import COMMANDS, MEASURES
 from mpsae.sae.checkpoint import read_json
 
@@ -28,7 +30,7 @@ class Context:
         for token, value in zip(self.tokens, self.activations, strict=True):
             if not isinstance(token, str):
                 raise TypeError(f"a token must be text, not {token!r}")
-            _number(value)
+            number(value)
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Record:
     """Files that are not there."""
     tokens: Mapping[str, int]
     """Held-out tokens behind each file."""
+    conditions: Mapping[str, str]
+    """By name of the measure, how it was taken where that may differ: values of measures taken
+    differently are not compared."""
+    encoders: Sequence[Encoded] = ()
+    """What its own encoder did, if that is known, then pursuits in its place."""
     dataset: str | None = None
     curve: Sequence[tuple[float, float]] = ()
     """L0 and FVU of a pursuit that is stopped after 1, 2, ... steps."""
@@ -71,8 +78,17 @@ class Record:
     edges: Sequence[float] = ()
     counts: Sequence[int] = ()
     dead: int = 0
-    probe_f1: float | None = None
+    babel: Mapping[int, float] = field(default_factory=dict)
+    """Babel function of the dictionary by m."""
+    babel_selected: Mapping[int, float] = field(default_factory=dict)
+    """That of the atoms of a token's code, mean over tokens."""
+    accuracies: Mapping[int, float] = field(default_factory=dict)
+    """Of sparse probes by their latents."""
+    probe_accuracy: float | None = None
     """Of the probe that has all of the activations."""
+    probe_f1: float | None = None
+    spelled: float | None = None
+    """Share of the words in prompts that the model itself spells."""
     explainer: str | None = None
     latents: Sequence[Latent] = ()
 
@@ -90,7 +106,7 @@ def read_record(folder: Path, run: Path) -> Record:
     """
     path = folder / "cfg.json"
     config = read_json(path)
-    with _reading(path):
+    with reading(path):
         metadata = config.get("metadata") or {}
         own = metadata.get("mpsae") or {}
         settings = own.get("config") or {}
@@ -112,66 +128,47 @@ def read_record(folder: Path, run: Path) -> Record:
     values["train_us"] = _training(folder)
     for measure in MEASURES:
         if measure.file in results:
-            with _reading(paths[measure.file]):
-                values[measure.name] = _at(results[measure.file], measure.keys)
+            with reading(paths[measure.file]):
+                values[measure.name] = at(results[measure.file], measure.keys)
     tokens = {}
     for name, result in results.items():
-        with _reading(paths[name]):
+        with reading(paths[name]):
             tokens[name] = int(result["tokens"])
+    conditions: dict[str, str] = {}
+    encoders = replaced(folder)
     if "reconstruction" in results:
-        with _reading(paths["reconstruction"]):
-            described |= _reconstruction(results["reconstruction"])
-            values["later_fvu"] = next(reversed(described["downstream"].values()), None)
+        with reading(paths["reconstruction"]):
+            result = results["reconstruction"]
+            described |= _reconstruction(result)
+            later, values["later_fvu"] = last(result)
+            conditions |= {"later_fvu": f"of {later}"} if later else {}
+            encoders.insert(0, encoded(result))
     if "probing" in results:
-        with _reading(paths["probing"]):
-            described["probe_f1"] = _at(results["probing"], ("activations", "f1"))
+        with reading(paths["probing"]):
+            described |= _probing(results["probing"])
+            conditions |= _probed(results["probing"])
     explained: Mapping[str, Any] = {}
     if "autointerp" in results:
-        with _reading(paths["autointerp"]):
+        with reading(paths["autointerp"]):
             explained = dict(results["autointerp"].get("latents") or {})
             described["explainer"] = results["autointerp"].get("explainer")
+            by, scorer = described["explainer"], results["autointerp"].get("scorer")
+            asked = f"explained by {by}, scored by {scorer}"
+            conditions |= dict.fromkeys(("detection", "fuzzing"), asked)
     if "latents" in results:
-        with _reading(paths["latents"]):
+        with reading(paths["latents"]):
             rows = results["latents"]["latents"]
             described["latents"] = [_latent(row, explained.get(str(row["id"]))) for row in rows]
     return Record(
-        folder=folder, run=run, values=values, missing=missing, tokens=tokens, **described
-    )
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Name the file whose contents are other than they should be."""
-    try:
-        yield
-    except KeyError as error:
-        raise ValueError(f"{path} has no {error}") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} has other contents than expected ({error})") from error
-
-
-def _at(result: Mapping[str, Any], keys: Sequence[str]) -> float | None:
-    """Find the number at a place of a file; None where there is none, at whatever depth."""
-    value: Any = result
-    for key in keys:
-        if value is None:
-            return None
-        if not isinstance(value, Mapping):
-            raise TypeError(f"{'.'.join(keys)}: {value!r} is no object")
-        value = value.get(key)
-    return None if value is None else _number(value)
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is no number")
-    return float(value)
+        folder=folder, run=run, values=values, missing=missing, tokens=tokens,
+        conditions=conditions, encoders=encoders, **described,
+    )  # fmt: skip
 
 
 def _reconstruction(result: Mapping[str, Any]) -> dict[str, Any]:
     l0, fvu = (result.get(name) or [] for name in ("l0_at_k", "fvu_at_k"))
     firing = result.get("firing") or {}
-    edges = [_number(edge) for edge in firing.get("log10_edges") or []]
+    edges = [number(edge) for edge in firing.get("log10_edges") or []]
     counts = [int(count) for count in firing.get("counts") or []]
     if counts and len(edges) != len(counts) + 1:
         raise ValueError(f"firing: {len(edges)} edges of {len(counts)} counts")
@@ -180,22 +177,46 @@ def _reconstruction(result: Mapping[str, Any]) -> dict[str, Any]:
     where = {name: str(result[name]) for name in ("model", "hookpoint") if result.get(name)}
     return where | {
         "dataset": result.get("dataset"),
-        "curve": [(_number(a), _number(b)) for a, b in zip(l0, fvu, strict=True)],
+        "curve": [(number(a), number(b)) for a, b in zip(l0, fvu, strict=True)],
         "edges": edges,
         "counts": counts,
         "dead": int(firing.get("dead") or 0),
-        "downstream": {name: _number(v) for name, v in after.items() if v is not None},
+        "downstream": {name: number(v) for name, v in after.items() if v is not None},
+        "babel": by_size(result.get("babel")),
+        "babel_selected": by_size(result.get("babel_selected")),
     }
+
+
+def _probing(result: Mapping[str, Any]) -> dict[str, Any]:
+    sparse = result.get("sparse_probing") or {}
+    return {
+        "accuracies": by_size({k: at(sparse, (k, "accuracy")) for k in sparse}),
+        "probe_accuracy": at(result, ("activations", "accuracy")),
+        "probe_f1": at(result, ("activations", "f1")),
+        "spelled": at(result, ("prompts", "spelled")),
+    }
+
+
+def _probed(result: Mapping[str, Any]) -> dict[str, str]:
+    """Say where first letters were read, and over which features the probes' mean is."""
+    asked = result.get("prompts")
+    where = "in the text" if asked is None else f"in prompts of {asked['examples']} examples"
+    letters = f"first letters of words {where}"
+    tasks = (result.get("tasks") or {}).items()
+    known = [name for name, task in tasks if "unavailable" not in task]
+    features = [f"{name} ({where})" if name == FIRST_LETTER else name for name in known]
+    mean = f"mean over {', '.join(features)}" if features else letters
+    return {"absorption": letters, "splitting": letters, "probe_f1": mean}
 
 
 def _latent(row: Mapping[str, Any], explained: Mapping[str, Any] | None) -> Latent:
     explained = explained or {}
     names = ("detection", "fuzzing", "embedding")
-    scores = {name: _at(explained, (name,)) for name in names}
+    scores = {name: at(explained, (name,)) for name in names}
     explanation = explained.get("explanation")
     return Latent(
         id=int(row["id"]),
-        frequency=_number(row["frequency"]),
+        frequency=number(row["frequency"]),
         top=[Context(c["tokens"], c["activations"]) for c in row["top"]],
         quantiles=[
             Context(c["tokens"], c["activations"], int(c["quantile"])) for c in row["quantiles"]
@@ -215,13 +236,13 @@ def _training(folder: Path) -> float | None:
         own = folder.resolve().relative_to(run)
         parts = own.parts[1:] if own.parts[0].startswith("checkpoint-") else own.parts
         rate = None
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for place, line in enumerate(path.read_text().splitlines(), 1):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:  # the last line of a run that was killed
                 continue
-            with _reading(Path(f"{path}, line {number}")):
+            with reading(Path(f"{path}, line {place}")):
                 if row["name"] == "/".join(parts):
-                    rate = _at(row, ("tokens_per_s",)) or rate
+                    rate = at(row, ("tokens_per_s",)) or rate
         return 1e6 / rate if rate else None
     return None

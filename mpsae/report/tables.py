@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from mpsae.report.groups import Comparison, Entry
+from mpsae.report.groups import Comparison, Entry, taken_alike
 from mpsae.report.markup import Html, element, join
-from mpsae.report.measures import ARROWS, COMMANDS, MEASURES, Measure, written
+from mpsae.report.measures import ARROWS, COMMANDS, MEASURES, MORE, Measure, written
 from mpsae.report.records import Record
 
 
@@ -28,6 +28,7 @@ def summary(of: Comparison) -> Html:
         )
         for m in shown
     ]  # fmt: skip
+    marks = _marks(of)
     bodies = []
     for l0, entries in of.by_l0():
         title = "not evaluated" if l0 is None else f"L0 about {l0:.3g}"
@@ -40,7 +41,7 @@ def summary(of: Comparison) -> Html:
             element(
                 "tr",
                 element("th", _link(entry), scope="row", class_="name"),
-                *(_cell(m, entry, marked[m.name], _first(m, shown)) for m in shown),
+                *(_cell(m, entry, marked[m.name], marks, _first(m, shown)) for m in shown),
             )
             for entry in entries
         ]
@@ -56,17 +57,74 @@ def summary(of: Comparison) -> Html:
 
 def best(measure: Measure, entries: Sequence[Entry]) -> str | None:
     """Find the best value of some SAEs, as it is written; None where there is nothing to choose."""
-    values = [v for e in entries if (v := e.record.values[measure.name]) is not None]
+    known = [e for e in entries if e.record.values[measure.name] is not None]
+    values = [v for e in known if (v := e.record.values[measure.name]) is not None]
     if measure.better is None or len({written(measure, value) for value in values}) < 2:
+        return None
+    if len(taken_alike(known, measure.name)) > 1:
         return None
     return written(measure, (min if measure.better == "lower" else max)(values))
 
 
-def _cell(measure: Measure, entry: Entry, marked: str | None, first: str | None) -> Html:
-    value = written(measure, entry.record.values[measure.name])
+def _cell(
+    measure: Measure, entry: Entry, marked: str | None, marks: Mapping[str, str], first: str | None
+) -> Html:
+    found = entry.record.values[measure.name]
+    value = written(measure, found)
+    words = entry.record.conditions.get(measure.name, "")
+    mark = None
+    if found is not None and words in marks:
+        mark = element("sup", marks[words], title=words)
     if marked is not None and value == marked:
-        return element("td", element("strong", value, title="best at this L0"), class_=first)
-    return element("td", value, class_=first)
+        value = element("strong", value, title="best at this L0")
+    return element("td", value, mark, class_=first)
+
+
+def _taken(of: Comparison) -> Iterator[tuple[Measure, list[str]]]:
+    """Measures that can be taken in more than one way, and the ways of these SAEs."""
+    for measure in MEASURES:
+        known = [e for e in of.entries if e.record.values[measure.name] is not None]
+        ways = [words for words in taken_alike(known, measure.name) if words]
+        if ways:
+            yield measure, ways
+
+
+def _marks(of: Comparison) -> dict[str, str]:
+    """Letters for the ways of measures that not all SAEs have in common."""
+    ways = dict.fromkeys(w for _, several in _taken(of) if len(several) > 1 for w in several)
+    return {words: _letter(place) for place, words in enumerate(ways)}
+
+
+def _letter(place: int) -> str:
+    return chr(ord("a") + place % 26) * (1 + place // 26)
+
+
+def conditions(of: Comparison) -> Html:
+    """Say how measures were taken that can be taken in more than one way."""
+    marks = _marks(of)
+    labels: dict[str, list[str]] = {}
+    for measure, ways in _taken(of):
+        for words in ways:
+            labels.setdefault(words, []).append(measure.label)
+    items = [
+        element(
+            "li", element("sup", marks[words], " ") if words in marks else None,
+            f"{', '.join(names)}: {words}.",
+        )
+        for words, names in sorted(labels.items(), key=lambda item: marks.get(item[0], ""))
+    ]  # fmt: skip
+    if marks:
+        items.append(element("li", "Numbers with different letters are not compared."))
+    known = (entry.record.spelled for entry in of.entries)
+    spelled = dict.fromkeys(f"{100 * share:.1f} %" for share in known if share is not None)
+    if spelled:
+        items.append(
+            element(
+                "li", f"The model itself spells {' or '.join(spelled)} of the words in prompts; "
+                "where that is little, absorption says little.",
+            )
+        )  # fmt: skip
+    return element("ul", *items, class_="note conditions") if items else Html("")
 
 
 def _first(measure: Measure, shown: Sequence[Measure]) -> str | None:
@@ -95,7 +153,8 @@ def _found(l0: float, entries: Sequence[Entry]) -> Iterator[Html]:
     for measure in MEASURES:
         if measure.group != "Interpretability":
             continue
-        known = [(v, e) for e in entries if (v := e.record.values[measure.name]) is not None]
+        alike = taken_alike(entries, measure.name)[first.record.conditions.get(measure.name, "")]
+        known = [(v, e) for e in alike if (v := e.record.values[measure.name]) is not None]
         known.sort(key=lambda pair: pair[0], reverse=measure.better == "higher")
         own = next((value for value, entry in known if entry is first), None)
         if own is None or len(known) < 2:
@@ -168,6 +227,6 @@ def meanings() -> Html:
             element("dt", f"{m.label} {ARROWS[m.better]}".strip()),
             element("dd", m.meaning),
         )
-        for m in MEASURES
+        for m in (*MEASURES, *MORE)
     ]
     return element("details", element("summary", "What the columns are"), element("dl", *rows))
