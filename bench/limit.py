@@ -22,7 +22,6 @@ import ast
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,16 +36,42 @@ from mpsae.kernels import gram_chunked, gram_pursuit
 from mpsae.kernels.pursuit_common import Settings
 
 KERNELS = Path(aot.__file__).resolve().parent.parent / "kernels"
-SIZES = (4096, 8192, 16384, 32768, 131072)
-D, K = 2304, 85  # of the public MP-SAE run
+# n, d: common sizes, then the public MP-SAE run and a dictionary for Llama-3.2-1B
+SIZES = (
+    (4096, 768), (8192, 768), (16384, 768), (16384, 2304), (24576, 768), (32768, 2304),
+    (131072, 2048),
+)  # fmt: skip
+K = 85
 GRAM_LOADS = {
     "gram_pursuit": ("correlation_parts.py", "stored = tl.load(row_ptr + begin"),
     "gram_chunked": ("gram_chunked.py", "gram_row = tl.load(gram"),
 }
 PHASES = ("load", "convert", "update", "reduce", "certificate", "coefficient", "other")
-_CONVERTS = ("I2F", "I2FP", "PRMT", "I2I")
-_CERTIFICATE = ("_grown_bound", "_start_bound", "_lowest_candidate")
-_COEFFICIENT = ("_subtract_atom", "_correlate_atom", "_atom_row", "_value", "_score")
+# what lines are for: by the function that they are in, then by what they say
+FUNCTIONS = {
+    "_entries": "convert",
+    "_with_atom": "update",
+    "_best_of_groups": "reduce",
+    "_best_of": "reduce",
+    "_ordered": "reduce",
+    "_keep_best": "reduce",
+    "_allowed_score": "reduce",
+    "_grown_bound": "certificate",
+    "_norm_after": "certificate",
+    "_lowest_candidate": "certificate",
+    "_subtract_atom": "coefficient",
+    "_atom_parts": "coefficient",
+    "_products": "coefficient",
+    "_value": "coefficient",
+    "_score": "coefficient",
+}
+WORDS = {
+    "shift *": "update",
+    "group": "reduce",
+    "within": "reduce",
+    "best": "reduce",
+    "norm": "certificate",
+}
 
 
 @cache
@@ -82,60 +107,49 @@ def lines_with(file: str, text: str) -> set[tuple[str, int]]:
 
 
 def phase(one: Instruction) -> str:
-    """Say what an instruction is for."""
+    """Say what an instruction is for: arithmetic moves between lines, so conversions by opcode."""
     file, line = one.source
-    text = _lines(file)[line - 1] if line and _lines(file) else ""
     inside = [name for first, last, name in _functions(file) if first <= line <= last]
-    function = inside[-1] if inside else ""
-    if one.base in ("LDG", "LD"):
+    text = _lines(file)[line - 1] if line and _lines(file) else ""
+    found = FUNCTIONS.get(inside[-1]) if inside else None
+    if found is None:
+        found = next((name for word, name in WORDS.items() if word in text), None)
+    if one.base == "LDG":
         return "load"
-    if one.base in _CONVERTS and "shift" in text:
+    if one.base.startswith("I2F"):
         return "convert"
-    if "shift" in text:
+    if found == "convert" and one.base in ("FFMA", "FMUL"):
         return "update"
-    if function in _CERTIFICATE or "norm" in text:
-        return "certificate"
-    if file == "standard.py" or "place" in text or "score" in text or "best" in text:
-        return "reduce"
-    return "coefficient" if function in _COEFFICIENT else "other"
+    return found or ("reduce" if file == "standard.py" else "other")
 
 
-def cases(arch: str) -> Iterator[tuple[int, aot.Case]]:
-    """Give the kernel that a launcher would choose for each size, as the public run uses it."""
-    settings = Settings(K, residual_threshold=1.0)
-    for n in SIZES:
-        shape = {"n": n, "d": D, "k": K, "dtype": "bf16"}
-        variant = {"STOP_ON_NORM": True}
-        layout = gram_pursuit.row_layout(n, D, 2, settings, arch)
-        if layout is not None:
-            function = gram_pursuit._gram_pursuit_kernel
-            yield n, aot.pursuit_case("gram_pursuit", function, shape, "i16", variant, layout)
-        else:
-            function = gram_chunked._gram_chunked_kernel
-            layout = gram_chunked.chunk_layout(n, D, K)
-            yield n, aot.pursuit_case("gram_chunked", function, shape, "i16", variant, layout)
+def case_of(n: int, d: int, k: int, arch: str) -> aot.Case:
+    """Describe the kernel that a launcher would choose, as the public run uses it."""
+    settings = Settings(k, residual_threshold=1.0)
+    layout = gram_pursuit.row_layout(n, d, 2, settings, arch)
+    name, function = "gram_pursuit", gram_pursuit._gram_pursuit_kernel
+    if layout is None:
+        name, function = "gram_chunked", gram_chunked._gram_chunked_kernel
+        layout = gram_chunked.chunk_layout(n, d, k)
+    shape = {"n": n, "d": d, "k": k, "dtype": "bf16"}
+    return aot.pursuit_case(name, function, shape, "i16", {"STOP_ON_NORM": True}, layout)
 
 
-def step_of(case: aot.Case, program: list[Block], n: int) -> list[Instruction]:
+def step_of(case: aot.Case, program: list[Block]) -> list[Instruction]:
     """Instructions of a pursuit's step in the usual case of a lone candidate."""
     file = f"{case.kernel}.py"
     stores = lines_with("pursuit_common.py", "tl.store(values_row_ptr + t, a")
     ends = sass.containing(program, stores, "STG")
-    if case.kernel == "gram_pursuit":
-        # the part that holds the atom is looked at twice
-        within = sass.containing(
-            program, lines_with(file, "within = tl.sum(tl.where(score >= lowest")
-        )
-        own = sass.containing(
-            program, lines_with("correlation_parts.py", "own = tl.where(offs_l == j")
-        )
-        loads = sass.containing(program, lines_with(*GRAM_LOADS[case.kernel]), "LDG")
-        path = sass.shortest_loop(program, ends, through=[within, loads, own])
-        return sass.step(program, path, [], 1)
-    loads = lines_with(*GRAM_LOADS[case.kernel])
-    inner = sass.shortest_loop(program, sass.containing(program, loads, "LDG"))
+    loads = sass.containing(program, lines_with(*GRAM_LOADS[case.kernel]), "LDG")
+    if case.kernel == "gram_pursuit":  # the part that holds the atom is looked at twice
+        within = lines_with(file, "within = tl.sum(tl.where(score >= lowest")
+        own = lines_with("correlation_parts.py", "own = tl.where(offs_l == j")
+        stops = [sass.containing(program, within), loads, sass.containing(program, own)]
+        return sass.step(program, sass.shortest_loop(program, ends, through=stops), [], 1)
+    inner = sass.shortest_loop(program, loads)
     outer = sass.shortest_loop(program, ends, through=[inner])
-    return sass.step(program, outer, inner, -(-n // case.constexprs["BLOCK_N"]))
+    turns = -(-case.config["n"] // case.constexprs["BLOCK_N"])
+    return sass.step(program, outer, inner, turns)
 
 
 def in_flight(step: list[Instruction], lines: set[tuple[str, int]], threads: int) -> int:
@@ -159,20 +173,20 @@ def busiest(step: list[Instruction], warps: int, chip: Chip) -> tuple[str, float
     return unit, cycles * max(warps // SCHEDULERS, 1)
 
 
-def predict(case: aot.Case, n: int, target: str) -> dict[str, Any]:
+def predict(case: aot.Case, target: str) -> dict[str, Any]:
     """One line of the table."""
-    chip = CHIPS[target]
+    chip, n, d = CHIPS[target], case.config["n"], case.config["d"]
     kernel = aot.compile_case(case, aot.parse_target(target))
     usage, text = aot.disassemble(kernel.asm["cubin"])
-    step = step_of(case, sass.blocks(text), n)
+    step = step_of(case, sass.blocks(text))
     warps = case.options["num_warps"]
     threads = 32 * warps
     registers = -(-usage["REG"] // 8) * 8
-    programs = min(65536 // (registers * threads), 64 // warps)
+    programs = min(65536 // (registers * threads), 64 // warps, 32)
     lines = lines_with(*GRAM_LOADS[case.kernel])
     cycles = cycles_of_step(step, warps, programs, chip, lambda one: one.source in lines)
     unit, busy = busiest(step, warps, chip)
-    service = (2 * n + 2 * D) / chip.bandwidth
+    service = (2 * n + 2 * d) / chip.bandwidth  # the Gram row and the atom
     share = throughput(chip.processors * programs, cycles / chip.clock, service)
     limit = "latency"
     if share > 0.85:
@@ -184,53 +198,42 @@ def predict(case: aot.Case, n: int, target: str) -> dict[str, Any]:
         "kernel": case.kernel,
         "target": target,
         "n": n,
+        "d": d,
         "registers": usage["REG"],
+        "spilt": usage["STACK"],
         "warps": warps,
         "programs": programs,
         "instructions": len(step),
         **{name: phases[name] for name in PHASES},
-        "per_atom": len(step) * threads / n,
+        "per_atom": round(len(step) * threads / n, 2),
         "barriers": sum(one.base == "BAR" for one in step),
         "KiB_in_flight": in_flight(step, lines, threads) * programs / 1024,
         "unit": unit,
         "busy": busy * programs,
         "cycles": round(cycles),
         "transfer": round(service * chip.processors * programs * chip.clock),
-        "share": share * 2 * n / (2 * n + 2 * D),
+        "share": round(share * n / (n + d), 3),
         "limit": limit,
     }
-
-
-COLUMNS = (
-    "kernel", "target", "n", "registers", "warps", "programs", "instructions", *PHASES, "per_atom",
-    "barriers", "KiB_in_flight", "unit", "busy", "cycles", "transfer", "share", "limit",
-)  # fmt: skip
-
-
-def shown(line: dict[str, Any]) -> str:
-    """Write a line of the table."""
-    cells = []
-    for name in COLUMNS:
-        value = line[name]
-        cells.append(f"{value:.2f}" if isinstance(value, float) else str(value))
-    return " | ".join(cells)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", default=list(CHIPS), choices=list(CHIPS))
-    parser.add_argument("--n", nargs="+", type=int, default=list(SIZES))
+    parser.add_argument("--n", nargs="+", type=int, help="these sizes only")
     parser.add_argument("--output", type=Path, help="write the table as JSON")
     options = parser.parse_args(argv)
     print(f"Triton {triton.__version__}")
-    print(" | ".join(COLUMNS))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for target in options.target:
-        for n, case in cases("sm_" + target.split(":")[1]):
-            if n in options.n:
-                rows.append(predict(case, n, target))
-                print(shown(rows[-1]), flush=True)
+        for n, d in SIZES:
+            if n not in (options.n or [n]):
+                continue
+            rows.append(predict(case_of(n, d, K, target.replace("cuda:", "sm_")), target))
+            if len(rows) == 1:
+                print(" | ".join(rows[0]))
+            print(" | ".join(str(value) for value in rows[-1].values()), flush=True)
     if options.output:
         body = ",\n".join(json.dumps(row) for row in rows)
         options.output.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{body}\n]}}\n')

@@ -35,8 +35,7 @@ from shapes import GPU, Shape
 from simulate import CHIPS, SCHEDULERS, cycles_of_step, throughput
 from turns import SECTOR, Traffic, lanes_apart, missed, modelled, parts
 
-from mpsae.kernels import gram_chunked, gram_pursuit, segments
-from mpsae.kernels.pursuit_common import Settings, triton_version
+from mpsae.kernels import segments
 
 SHAPES = ("MiniLM", "GPT-2", "Gemma-2-2b", "Llama-3.2-1B")
 FLOPS = {"cuda:80": 0.8 * 312e12, "cuda:90": 790e12}  # of 16-bit products
@@ -182,15 +181,8 @@ def builds(shape: Shape, target: str) -> Iterator[Line]:
 def encode_seconds(shape: Shape, target: str) -> float:
     """Sum up the steps of a pursuit with its Gram matrix at hand, by bench/limit.py."""
     B, d, n, k = shape[:4]
-    arch, settings = target.replace("cuda:", "sm_"), Settings(k, residual_threshold=1.0)
-    layout = gram_pursuit.row_layout(n, d, 2, settings, arch, triton_version())
-    name, function = "gram_pursuit", gram_pursuit._gram_pursuit_kernel
-    if layout is None:
-        name, function = "gram_chunked", gram_chunked._gram_chunked_kernel
-        layout = gram_chunked.chunk_layout(n, d, k)
-    sizes = {"n": n, "d": d, "k": k, "dtype": "bf16"}
-    case = aot.pursuit_case(name, function, sizes, "i16", {"STOP_ON_NORM": True}, layout)
-    return B * k * 2 * n / CHIPS[target].bandwidth / limit.predict(case, n, target)["share"]
+    case = limit.case_of(n, d, k, target.replace("cuda:", "sm_"))
+    return B * k * 2 * n / CHIPS[target].bandwidth / limit.predict(case, target)["share"]
 
 
 def step(shape: Shape, target: str, times: dict[str, float], build: float, encode: float) -> Line:

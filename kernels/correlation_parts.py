@@ -90,7 +90,7 @@ def _part_of_row(
     row_ptr, part: tl.constexpr, n_padded, offs_t, PARTS: tl.constexpr, PART: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """A part of a row of the Gram matrix as it is stored, ``[BLOCK_T, 128 bits]``."""
+    """Read a part of a row of the Gram matrix as it is stored, ``[BLOCK_T, 128 bits]``."""
     WORDS: tl.constexpr = BLOCK_L // 4
     if WORDS == 2:  # pairs of int16
         row_ptr = row_ptr.to(tl.pointer_type(tl.int32))
