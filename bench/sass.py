@@ -113,8 +113,10 @@ def _around(program: list[Block], start: int, through: Sequence[Collection[int]]
     while queue:
         length, passed, path = heapq.heappop(queue)
         for block in program[path[-1]].followers:
-            if block == start and passed == len(through):
-                return path
+            if block == start:
+                if passed == len(through):
+                    return path
+                continue
             now = passed + (passed < len(through) and block in through[passed])
             if (block, now) not in seen:
                 seen.add((block, now))
