@@ -34,7 +34,7 @@ LINK = {8: (450e9, 10e-6), 64: (50e9, 25e-6)}  # by GPUs: bytes a second one way
 PRICE = 3.0  # dollars a GPU hour
 TOKENS = 300e6
 
-IN_REGISTERS = 16384  # atoms
+IN_REGISTERS = 32768  # atoms
 TILE = 128  # rows that share a read of the dictionary while streaming
 SPLIT = 3  # 16-bit products for one of fp32 accuracy
 STATE_BYTES = 4 + 4 + 8 + 2  # a parameter: fp32, gradient, Adam, 16-bit copy
