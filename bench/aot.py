@@ -181,7 +181,7 @@ def gram_chunked_cases(arch: str) -> Iterator[Case]:
     """Pursuit with rows in scratch."""
     function = gram_chunked._gram_chunked_kernel
     for shape, entries, variant in pursuit_shapes(((32768, 2304), (131072, 768))):
-        layout = gram_chunked.chunk_layout(shape["n"], shape["d"], shape["k"])
+        layout = gram_chunked.chunk_layout(shape["n"], shape["d"], shape["k"], arch)
         yield pursuit_case("gram_chunked", function, shape, entries, variant, layout)
 
 

@@ -130,7 +130,7 @@ def case_of(n: int, d: int, k: int, arch: str) -> aot.Case:
     name, function = "gram_pursuit", gram_pursuit._gram_pursuit_kernel
     if layout is None:
         name, function = "gram_chunked", gram_chunked._gram_chunked_kernel
-        layout = gram_chunked.chunk_layout(n, d, k)
+        layout = gram_chunked.chunk_layout(n, d, k, arch)
     shape = {"n": n, "d": d, "k": k, "dtype": "bf16"}
     return aot.pursuit_case(name, function, shape, "i16", {"STOP_ON_NORM": True}, layout)
 

@@ -171,11 +171,12 @@ def test_certificate_makes_int16_exact(method, entries, certified):
     assert certified or not answer[4].any()
 
 
+@pytest.mark.parametrize("n", [100, 128])  # 64 apart, atoms share a lane of the chunked kernel
 @pytest.mark.parametrize("method", GRAM_METHODS)
-def test_near_ties_are_scored_again(method):
-    x, dictionary = problem(3, 32, 100, device=DEVICE)
+def test_near_ties_are_scored_again(method, n):
+    x, dictionary = problem(3, 32, n, device=DEVICE)
     # further apart than the first bound, but below what int16 can tell apart
-    dictionary[50:] = dictionary[:50] * (1 + 1e-5)
+    dictionary[n // 2 :] = dictionary[: n // 2] * (1 + 1e-5)
     answer = pursue(x, dictionary, 6, method=method)
     assert_pursuit(x, dictionary, answer, margin=2e-7)
     assert (answer[4] >= answer[3] - 1).all()
