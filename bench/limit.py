@@ -8,6 +8,7 @@ A line for each size and GPU, of the Gram kernel that a launcher would choose th
     barriers          of a step
     KiB in flight     that a multiprocessor has asked for at once
     cycles            of a step, with `programs` on a multiprocessor and an idle memory
+    transfer          cycles that the memory or the L2 cache takes for a step of all programs
     share             of the bound, 2 n bytes a token and step at the memory's full rate
     limit             what the step waits for most
 
@@ -31,6 +32,7 @@ import sass
 import triton
 from sass import Block, Instruction
 from simulate import CHIPS, SCHEDULERS, Chip, cost, cycles_of_step, throughput, width
+from turns import Traffic
 
 from mpsae.kernels import gram_chunked, gram_pursuit
 from mpsae.kernels.pursuit_common import Settings
@@ -186,11 +188,16 @@ def predict(case: aot.Case, target: str) -> dict[str, Any]:
     lines = lines_with(*GRAM_LOADS[case.kernel])
     cycles = cycles_of_step(step, warps, programs, chip, lambda one: one.source in lines)
     unit, busy = busiest(step, warps, chip)
-    service = (2 * n + 2 * d) / chip.bandwidth  # the Gram row and the atom
-    share = throughput(chip.processors * programs, cycles / chip.clock, service)
+    rows = chip.processors * programs
+    traffic = Traffic(2 * n + 2 * d, 2 * n + 2 * d)  # the Gram row and the atom
+    if case.kernel == "gram_chunked":  # and the correlations, forth and back
+        rows = min(rows, gram_chunked.resident_programs(n, warps, chip.processors, chip.cache))
+        traffic = traffic._replace(cached=traffic.cached + 8 * n)
+    service, place = traffic.slower(chip)
+    share = throughput(rows, cycles / chip.clock, service)
     limit = "latency"
     if share > 0.85:
-        limit = "memory"
+        limit = place
     elif busy * programs > 0.75 * cycles:
         limit = unit
     phases = Counter(phase(one) for one in step)
@@ -211,8 +218,8 @@ def predict(case: aot.Case, target: str) -> dict[str, Any]:
         "unit": unit,
         "busy": busy * programs,
         "cycles": round(cycles),
-        "transfer": round(service * chip.processors * programs * chip.clock),
-        "share": round(share * n / (n + d), 3),
+        "transfer": round(service * rows * chip.clock),
+        "share": round(share * 2 * n / (chip.bandwidth * service), 3),
         "limit": limit,
     }
 

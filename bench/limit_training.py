@@ -39,7 +39,6 @@ from mpsae.kernels import segments
 
 SHAPES = ("MiniLM", "GPT-2", "Gemma-2-2b", "Llama-3.2-1B")
 FLOPS = {"cuda:80": 0.8 * 312e12, "cuda:90": 790e12}  # of 16-bit products
-CACHE = {"cuda:80": 40e6, "cuda:90": 50e6}  # bytes
 PORT = 64  # bytes a cycle between a multiprocessor and the L2 cache
 LONG = 64  # turns, beyond which what is before and after a loop is left out
 ITEM = 2  # bytes of an entry of the dictionary
@@ -108,7 +107,7 @@ def predict(work: Work, target: str) -> Line:
 def works(shape: Shape, target: str) -> Iterator[Work]:
     """Give the kernels of a training step beside the pursuit."""
     B, d, n, k = shape[:4]
-    arch, cache, places, row = target.replace("cuda:", "sm_"), CACHE[target], B * k, d * ITEM
+    arch, cache, places, row = target.replace("cuda:", "sm_"), CHIPS[target].cache, B * k, d * ITEM
     lines = limit.lines_with("pursuit_common.py", "return tl.load(ptr + j.to(tl.int64)")
     for atomic in (True, False):
         away = missed(n * (row + 4 * d * atomic), cache, n, places)

@@ -24,12 +24,16 @@ SCHEDULERS = 4
 
 
 class Chip(NamedTuple):
-    """A GPU: clock in Hz, bytes a second of memory, multiprocessors, cycles a warp in each unit."""
+    """A GPU: clock in Hz, bytes a second of memory, multiprocessors, bytes of L2 cache, cycles.
+
+    ``fma`` is what the unit of fp32 products takes for a warp, the others are latencies.
+    """
 
     name: str
     clock: float
     bandwidth: float
     processors: int
+    cache: int
     fma: int
     cycles_memory: int
     cycles_l2: int
@@ -44,8 +48,8 @@ class Cost(NamedTuple):
 
 
 CHIPS = {
-    "cuda:80": Chip("A100 80 GB", 1.41e9, 1.8e12, 108, 2, 466, 262),
-    "cuda:90": Chip("H200", 1.83e9, 4.3e12, 132, 1, 479, 263),
+    "cuda:80": Chip("A100 80 GB", 1.41e9, 1.8e12, 108, 40_000_000, 2, 466, 262),
+    "cuda:90": Chip("H200", 1.83e9, 4.3e12, 132, 50_000_000, 1, 479, 263),
 }
 _FMA = ("FFMA", "FADD", "FMUL")
 _HEAVY = ("IMAD",)  # integer products have half of the fp32 units

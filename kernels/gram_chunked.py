@@ -344,18 +344,22 @@ def chunk_layout(n: int, d: int, k: int, arch: str) -> dict[str, int]:
     }
 
 
-def resident_programs(n: int, num_warps: int, device: torch.device) -> int:
+def resident_programs(n: int, num_warps: int, processors: int, cache_bytes: int) -> int:
     """Programs whose rows, 4 n bytes each, fit in three quarters of the L2 cache.
 
     At most 16 warps for each multiprocessor, and no fewer programs than half of them: with
     n = 262144 the rows leave the cache rather than the processors idle.
     """
+    cached = cache_bytes * 3 // 4 // (4 * n)
+    return max(min(cached, 16 // num_warps * processors), processors // 2)
+
+
+def _programs(n: int, num_warps: int, device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     properties = torch.cuda.get_device_properties(device)
-    processors = properties.multi_processor_count
-    cached = getattr(properties, "L2_cache_size", 1 << 25) * 3 // 4 // (4 * n)
-    return max(min(cached, 16 // num_warps * processors), processors // 2)
+    cache_bytes = getattr(properties, "L2_cache_size", 1 << 25)
+    return resident_programs(n, num_warps, properties.multi_processor_count, cache_bytes)
 
 
 def gram_chunked(
@@ -384,7 +388,7 @@ def gram_chunked(
     largest_bias = bias_norm(bias)
     arch = architecture(x.device)
     layout = launch_options(chunk_layout(n, d, k, arch), arch)
-    programs = min(x.shape[0], resident_programs(n, layout["num_warps"], x.device))
+    programs = min(x.shape[0], _programs(n, layout["num_warps"], x.device))
     stride_scratch = triton.cdiv(n_padded, layout["BLOCK_N"]) * layout["BLOCK_N"]
     scratch = x.new_empty(programs, stride_scratch, dtype=torch.float32)
     for part, block in correlation_blocks(x, encoder, bias, scratch_bytes):

@@ -303,7 +303,7 @@ def block_layout(n: int, d: int, k: int, itemsize: int, most: int) -> dict[str, 
         "num_warps": warps,
     }
     needed = parts * block_l + 4 * parts_d + 88
-    if needed <= 168 and most == 128:  # room for three or four programs on a processor
+    if needed <= 168 and most > 64:  # room for three or four programs on a processor
         layout["maxnreg"] = 128 if needed <= 128 else 168
     return layout
 
@@ -315,7 +315,8 @@ def row_layout(
     sliced = settings.slices is not None
     # what takes registers of its own for each atom, by bench/aot.py
     crowded = sliced or (arch.startswith("sm_1") and settings.select == "abs")
-    layout = block_layout(n, d, settings.k, itemsize, most=64 if crowded else 128)
+    most = 64 if crowded else 144 if d <= 1024 else 128
+    layout = block_layout(n, d, settings.k, itemsize, most)
     if layout is None or d > 8192 or settings.k > 4096:
         return None
     if arch == "hip":  # 64 threads a warp

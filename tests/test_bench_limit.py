@@ -11,8 +11,8 @@ from sass import Instruction, blocks, containing, shortest_loop, step
 from simulate import CHIPS, Chip, cycles_of_step, registers, throughput
 
 BENCH = Path(__file__).parent.parent / "bench"
-CHIP = Chip("constructed", clock=1e9, bandwidth=1e12, processors=100, fma=1, cycles_memory=500,
-            cycles_l2=200)  # fmt: skip
+CHIP = Chip("constructed", clock=1e9, bandwidth=1e12, processors=100, cache=10**8,
+            fma=1, cycles_memory=500, cycles_l2=200)  # fmt: skip
 KERNEL = """
         /*0000*/                   S2R R0, SR_TID.X ;
 .L_x_0:

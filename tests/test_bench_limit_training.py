@@ -14,8 +14,8 @@ from turns import Traffic, lanes_apart, missed, modelled, parts
 pytest.importorskip("triton")
 
 BENCH = Path(__file__).parent.parent / "bench"
-CHIP = Chip("constructed", clock=1e9, bandwidth=1e12, processors=100, fma=1, cycles_memory=500,
-            cycles_l2=200)  # fmt: skip
+CHIP = Chip("constructed", clock=1e9, bandwidth=1e12, processors=100, cache=10**8,
+            fma=1, cycles_memory=500, cycles_l2=200)  # fmt: skip
 ATOM = ("kernel.py", 7)
 KERNEL = """
         /*0000*/                   S2R R0, SR_TID.X ;

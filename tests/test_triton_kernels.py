@@ -295,6 +295,8 @@ LARGE = {"B": 65536, "d": 2304, "settings": Settings(85), "arch": "sm_90"}
         ({"n": 16384}, "registers"),
         ({"n": 32768}, "registers"),
         ({"n": 32769}, "chunked"),
+        ({"n": 36864, "d": 576}, "registers"),
+        ({"n": 36865, "d": 576}, "chunked"),
         ({"n": 32768, "arch": "hip"}, "registers"),
         ({"n": 32768, "entries": "fp32"}, "registers"),
         ({"n": 32768, "arch": "sm_100"}, "registers"),
