@@ -11,6 +11,7 @@ from sass import Instruction, blocks, containing, shortest_loop, step
 from simulate import CHIPS, Chip, cycles_of_step, registers, throughput
 
 BENCH = Path(__file__).parent.parent / "bench"
+GPUS = {"| A1": "cuda:80", "| H2": "cuda:90"}
 CHIP = Chip("constructed", clock=1e9, bandwidth=1e12, processors=100, cache=10**8,
             fma=1, cycles_memory=500, cycles_l2=200)  # fmt: skip
 KERNEL = """
@@ -177,3 +178,17 @@ def test_a_kernel_is_predicted_whole(tmp_path):
         2 * (row["n"] + row["d"]) / chip.bandwidth * chip.processors * row["programs"] * chip.clock,
         abs=1,
     )
+
+
+def test_the_page_has_what_the_results_say():
+    rows = json.loads((BENCH / "results" / "limit-3.7.1.json").read_text())["rows"]
+    page = (BENCH / "TUNING.md").read_text()
+    table = [line.strip("| ").split(" | ") for line in page.splitlines() if line[:4] in GPUS]
+    assert len(table) == len(rows)
+    for row in rows:
+        name = next(name for name, target in GPUS.items() if target == row["target"])
+        (cells,) = [
+            c for c in table if c[0][:2] == name[2:] and c[1:3] == [str(row["n"]), str(row["d"])]
+        ]
+        now = [f"{row['share']:.2f}", f"{row['per_atom']:.1f}", str(row["programs"]), row["limit"]]
+        assert [cells[4], *cells[6:]] == now
