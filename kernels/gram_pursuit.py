@@ -17,8 +17,13 @@ When such scoring has cost as many dot products as an eighth of the atoms and E 
 times smaller, the whole row is correlated afresh: a row that has converged to rounding would
 otherwise score every atom in every step.
 
+A step has four sums over all threads: the best score; the lone group of atoms of one thread that
+comes within 2 E of it; the lone atom in that group; <r, encoder_j> together with <r, r>, from which
+the norm after the step is bounded.
+
 Bytes per row and step: 2 n (int16) or 4 n (fp32) of one Gram row, d of one or two atoms.
-Registers: see ``row_layout``. Reference: mpsae.reference.pursue.
+Registers: see ``row_layout``. Instructions and cycles: bench/TUNING.md. Reference:
+mpsae.reference.pursue.
 """
 
 from __future__ import annotations
@@ -312,9 +317,11 @@ def row_layout(
     n: int, d: int, itemsize: int, settings: Settings, arch: str
 ) -> dict[str, int] | None:
     """:func:`block_layout` for a device, None where rows do not fit in its registers."""
-    sliced = settings.slices is not None
-    # what takes registers of its own for each atom, by bench/aot.py
-    crowded = sliced or (arch.startswith("sm_1") and settings.select == "abs")
+    # what takes registers of its own for each atom, and where more is spilt than elsewhere
+    # (bench/aot.py): 64 correlations a thread
+    wide = d > 1024 and n <= 16384
+    blackwell = arch.startswith("sm_1")
+    crowded = settings.slices is not None or (blackwell and (wide or settings.select == "abs"))
     most = 64 if crowded else 144 if d <= 1024 else 128
     layout = block_layout(n, d, settings.k, itemsize, most)
     if layout is None or d > 8192 or settings.k > 4096:

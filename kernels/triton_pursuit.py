@@ -149,9 +149,9 @@ def choose(
         memory_bytes: what is free; a Gram matrix is not made above a quarter of it.
 
     Returns:
-        Choice: ``registers`` where rows fit in the registers of this architecture and Triton
-        version without spilling, ``chunked`` where they do not, ``stream`` where the Gram matrix
-        does not pay for itself or does not fit.
+        Choice: ``registers`` where rows fit in the registers of this architecture, ``chunked``
+        where they do not, ``stream`` where the Gram matrix does not pay for itself or does not
+        fit.
     """
     itemsize = 2 if entries == "int16" else 4
     layout = gram_pursuit.row_layout(n, d, itemsize, settings, arch)
