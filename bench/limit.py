@@ -147,6 +147,7 @@ def step_of(case: aot.Case, program: list[Block]) -> list[Instruction]:
         within = lines_with(file, "within = tl.sum(tl.where(score >= lowest")
         own = lines_with("correlation_parts.py", "own = tl.where(offs_l == j")
         stops = [sass.containing(program, within), loads, sass.containing(program, own)]
+        stops = [stop for stop in stops if stop]  # a row of one part takes no branch
         return sass.step(program, sass.shortest_loop(program, ends, through=stops), [], 1)
     inner = sass.shortest_loop(program, loads)
     outer = sass.shortest_loop(program, ends, through=[inner])

@@ -80,7 +80,8 @@ def blocks(text: str) -> list[Block]:
         if last.base in _JUMPS:
             targets = re.findall(r"\.L_x_\d+", last.operands)
             followers += [number[labels[target]] for target in targets]
-        falls = last.base not in _ENDS or last.predicate or re.match(r"!?U?P\d", last.operands)
+        condition = last.predicate or ".DIV" in last.opcode or re.match(r"!?U?P\d", last.operands)
+        falls = condition or last.base not in _ENDS
         if falls and end in number:
             followers.append(number[end])
         result.append(Block(code[start:end], followers))
@@ -108,7 +109,13 @@ def shortest_loop(
 
 def _around(program: list[Block], start: int, through: Sequence[Collection[int]]) -> list[int]:
     """Shortest way from a block around to itself; empty where there is none."""
-    queue: list[tuple[int, int, list[int]]] = [(0, 0, [start])]
+
+    def passed_at(block: int, passed: int) -> int:
+        while passed < len(through) and block in through[passed]:
+            passed += 1
+        return passed
+
+    queue: list[tuple[int, int, list[int]]] = [(0, passed_at(start, 0), [start])]
     seen: set[tuple[int, int]] = set()
     while queue:
         length, passed, path = heapq.heappop(queue)
@@ -117,7 +124,7 @@ def _around(program: list[Block], start: int, through: Sequence[Collection[int]]
                 if passed == len(through):
                     return path
                 continue
-            now = passed + (passed < len(through) and block in through[passed])
+            now = passed_at(block, passed)
             if (block, now) not in seen:
                 seen.add((block, now))
                 heapq.heappush(queue, (length + len(program[block].code), now, [*path, block]))

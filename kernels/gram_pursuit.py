@@ -281,21 +281,31 @@ def _gram_pursuit_kernel(
     tl.store(rescored_ptr + row, rescored.to(tl.int64))
 
 
-def block_layout(n: int, d: int, k: int, itemsize: int, most: int) -> dict[str, int] | None:
-    """Block sizes, warps and registers; None for more than ``most`` correlations a thread.
+# registers a thread, by bench/aot.py: what a step needs beside correlations and residual, what
+# comes on top for options that treat each atom on its own, and where little is spilt yet
+_OVERHEAD = 88
+_CROWDED = 64
+_MOST = {1: 180, 2: 236, 4: 236, 8: 236}  # by warps
 
-    Few warps with many correlations each: what a step costs beside them, its four sums over all
-    threads above all, is paid once a warp. Two to four programs then share a processor, and one
-    computes while another waits.
+
+def block_layout(n: int, d: int, k: int, itemsize: int, crowded: bool) -> dict[str, int] | None:
+    """Block sizes, warps and registers; None where a row does not fit in those of 8 warps.
+
+    As few warps as hold the row: what a step costs beside its correlations, four sums over all
+    threads above all, is paid once a warp. The programs that share a processor compute while
+    others wait.
     """
-    warps = 4 if n <= 128 * most else 8
-    if n > 32 * warps * most:
-        return None
     block_l = 16 // itemsize
-    block_t = min(max(triton.next_power_of_2(triton.cdiv(n, block_l)), 16), 32 * warps)
-    parts = triton.cdiv(n, block_t * block_l)
-    block_d = min(max(triton.next_power_of_2(d), 16), 128 * warps)
-    parts_d = triton.cdiv(d, block_d)
+    for warps, most in _MOST.items():
+        block_t = min(max(triton.next_power_of_2(triton.cdiv(n, block_l)), 16), 32 * warps)
+        parts = triton.cdiv(n, block_t * block_l)
+        block_d = min(max(triton.next_power_of_2(d), 16), 128 * warps)
+        parts_d = triton.cdiv(d, block_d)
+        needed = parts * block_l + 4 * parts_d + _OVERHEAD + (_CROWDED if crowded else 0)
+        if needed <= most:
+            break
+    else:
+        return None
     layout = {
         "PARTS": parts,
         "BLOCK_T": block_t,
@@ -307,8 +317,7 @@ def block_layout(n: int, d: int, k: int, itemsize: int, most: int) -> dict[str, 
         "DEPTH": min(parts, 4),
         "num_warps": warps,
     }
-    needed = parts * block_l + 4 * parts_d + 88
-    if needed <= 168 and most > 64:  # room for three or four programs on a processor
+    if needed <= 164:  # one program more on a processor
         layout["maxnreg"] = 128 if needed <= 128 else 168
     return layout
 
@@ -317,17 +326,14 @@ def row_layout(
     n: int, d: int, itemsize: int, settings: Settings, arch: str
 ) -> dict[str, int] | None:
     """:func:`block_layout` for a device, None where rows do not fit in its registers."""
-    # what takes registers of its own for each atom, and where more is spilt than elsewhere
-    # (bench/aot.py): 64 correlations a thread
+    # on sm_100 more is spilt than elsewhere
     wide = d > 1024 and n <= 16384
-    blackwell = arch.startswith("sm_1")
-    crowded = settings.slices is not None or (blackwell and (wide or settings.select == "abs"))
-    most = 64 if crowded else 144 if d <= 1024 else 128
-    layout = block_layout(n, d, settings.k, itemsize, most)
+    more = arch.startswith("sm_1") and (wide or settings.select == "abs")
+    layout = block_layout(n, d, settings.k, itemsize, settings.slices is not None or more)
     if layout is None or d > 8192 or settings.k > 4096:
         return None
     if arch == "hip":  # 64 threads a warp
-        layout["num_warps"] //= 2
+        layout["num_warps"] = max(layout["num_warps"] // 2, 1)
     return launch_options(layout, arch)
 
 

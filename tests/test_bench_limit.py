@@ -68,6 +68,7 @@ def test_a_step_is_the_shortest_way_around():
     assert shortest_loop(program, stores) == [5, 1]
     loads = containing(program, line(6))
     assert shortest_loop(program, stores, through=[loads]) == [5, 1, 2, 3, 4]
+    assert shortest_loop(program, stores, through=[loads, loads]) == [5, 1, 2, 3, 4]
     roots = containing(program, line(9), "MUFU")
     assert shortest_loop(program, stores, through=[loads, roots]) == [5, 1, 2, 3, 4, 7]
     with pytest.raises(ValueError, match="in such a loop"):

@@ -44,9 +44,9 @@ GRAM_METHODS = ["registers", "parts", "chunked"]
 METHODS = [*GRAM_METHODS, "stream"]
 
 
-def in_parts(n, d, k, itemsize, most):
+def in_parts(n, d, k, itemsize, crowded):
     """Blocks for rows and atoms in as many parts as those of large ones have."""
-    layout = block_layout(n, d, k, itemsize, most)
+    layout = block_layout(n, d, k, itemsize, crowded)
     lanes = layout["BLOCK_L"]
     layout |= {"BLOCK_T": 2, "PARTS": -(-n // (2 * lanes)), "DEPTH": 3}
     return layout | {"BLOCK_D": 16, "PARTS_D": -(-d // 16), "TILE_N": 32}
