@@ -81,7 +81,6 @@ def pinned_plans(monkeypatch, device, dtype, bf16):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(module, "unavailable_reason", lambda: "")
         monkeypatch.setattr(module, "architecture", lambda device: "sm_90")
-        monkeypatch.setattr(module, "triton_version", lambda: (3, 7))
     for (name, (d, n, k)), B, use in itertools.product(SHAPES.items(), (16, 4096), USES):
         p = plan(B, d, n, k, device=device, dtype=dtype, **USES[use])
         columns = ("method", "variant", "backend", "flops", "bytes", "scratch_bytes")
