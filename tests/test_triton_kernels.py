@@ -294,7 +294,7 @@ LARGE = {"B": 65536, "d": 2304, "settings": Settings(85), "arch": "sm_90"}
     [
         ({"n": 16384}, "registers"),
         ({"n": 32768}, "registers"),
-        ({"n": 32769}, "chunked"),
+        ({"n": 36864}, "chunked"),
         ({"n": 36864, "d": 576}, "registers"),
         ({"n": 36865, "d": 576}, "chunked"),
         ({"n": 32768, "arch": "hip"}, "registers"),
@@ -302,7 +302,7 @@ LARGE = {"B": 65536, "d": 2304, "settings": Settings(85), "arch": "sm_90"}
         ({"n": 32768, "arch": "sm_100"}, "registers"),
         ({"n": 32768, "arch": "sm_100", "settings": Settings(85, select="abs")}, "chunked"),
         ({"n": 16384, "settings": Settings(85, slices=torch.zeros(85, 2))}, "registers"),
-        ({"n": 16385, "settings": Settings(85, slices=torch.zeros(85, 2))}, "chunked"),
+        ({"n": 20480, "settings": Settings(85, slices=torch.zeros(85, 2))}, "chunked"),
         ({"n": 65536}, "chunked"),
         ({"n": 65536, "memory_bytes": 2**33}, "stream"),
         ({"n": 65536, "memory_bytes": 2**33, "gram_at_hand": True}, "chunked"),
