@@ -48,7 +48,8 @@ def in_parts(n, d, k, itemsize, crowded):
     """Blocks for rows and atoms in as many parts as those of large ones have."""
     layout = block_layout(n, d, k, itemsize, crowded)
     lanes = layout["BLOCK_L"]
-    layout |= {"BLOCK_T": 2, "PARTS": -(-n // (2 * lanes)), "DEPTH": 3}
+    threads = 2 ** (n // (5 * lanes)).bit_length()
+    layout |= {"BLOCK_T": threads, "PARTS": -(-n // (threads * lanes)), "DEPTH": 2}
     return layout | {"BLOCK_D": 16, "PARTS_D": -(-d // 16), "TILE_N": 32}
 
 
@@ -171,18 +172,29 @@ def test_certificate_makes_int16_exact(method, entries, certified):
     assert certified or not answer[4].any()
 
 
-@pytest.mark.parametrize("n", [100, 128])  # 64 apart, atoms share a lane of the chunked kernel
+# 64 apart, atoms share a lane of the chunked kernel; neighbours share a thread's load
+@pytest.mark.parametrize(("n", "apart"), [(100, 50), (128, 64), (100, 1)])
 @pytest.mark.parametrize("method", GRAM_METHODS)
-def test_near_ties_are_scored_again(method, n):
+def test_near_ties_are_scored_again(method, n, apart):
     x, dictionary = problem(3, 32, n, device=DEVICE)
     # further apart than the first bound, but below what int16 can tell apart
-    dictionary[n // 2 :] = dictionary[: n // 2] * (1 + 1e-5)
+    pairs = dictionary.view(-1, 2, apart, 32)
+    pairs[:, 1] = pairs[:, 0] * (1 + 1e-5)
     answer = pursue(x, dictionary, 6, method=method)
     assert_pursuit(x, dictionary, answer, margin=2e-7)
     assert (answer[4] >= answer[3] - 1).all()
     fast = pursue(x, dictionary, 6, method=method, certified=False)
     with pytest.raises(AssertionError, match="a better atom was passed over"):
         assert_pursuit(x, dictionary, fast, margin=2e-7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_norm_of_nearly_nothing_is_exact(method):
+    # a norm from <x, x>, <x, d_j> and <d_j, d_j> would be off by up to 1e-3
+    _, dictionary = problem(1, 32, 100, device=DEVICE)
+    dictionary = torch.nn.functional.normalize(dictionary)
+    answer = pursue(2 * dictionary[:16], dictionary, 4, method=method, residual_threshold=2e-5)
+    assert answer[3].tolist() == [1] * 16
 
 
 @pytest.mark.parametrize("select", ["relu", "max", "abs"])
