@@ -46,7 +46,7 @@ SIZES = (
 K = 85
 GRAM_LOADS = {
     "gram_pursuit": ("correlation_parts.py", "stored = tl.load(row_ptr + begin"),
-    "gram_chunked": ("gram_chunked.py", "gram_row = tl.load(gram"),
+    "gram_chunked": ("gram_chunked.py", "return tl.load(gram_ptr + offs"),
 }
 PHASES = ("load", "convert", "update", "reduce", "certificate", "coefficient", "other")
 # what lines are for: by the function that they are in, then by what they say

@@ -108,9 +108,8 @@ def _first_candidate_of_row(
 
 @triton.jit
 def _gram_words(gram_ptr, offs, words):
-    """Part of a Gram row, which leaves the caches first: the correlations are to stay."""
-    gram_row = tl.load(gram_ptr + offs, mask=offs < words, other=0, eviction_policy="evict_first")
-    return gram_row
+    """Read a part of a Gram row, which leaves the caches first: the correlations are to stay."""
+    return tl.load(gram_ptr + offs, mask=offs < words, other=0, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["B"])
