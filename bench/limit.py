@@ -38,10 +38,10 @@ from mpsae.kernels import gram_chunked, gram_pursuit
 from mpsae.kernels.pursuit_common import Settings
 
 KERNELS = Path(aot.__file__).resolve().parent.parent / "kernels"
-# n, d: common sizes, then the public MP-SAE run and a dictionary for Llama-3.2-1B
+# n, d: common sizes and those of bench/shapes.py
 SIZES = (
-    (4096, 768), (8192, 768), (16384, 768), (16384, 2304), (24576, 768), (32768, 2304),
-    (131072, 2048),
+    (20, 20), (4096, 768), (6144, 384), (8192, 768), (16384, 768), (16384, 2304), (24576, 768),
+    (32768, 2304), (36864, 576), (73728, 576), (131072, 2048), (256000, 2304),
 )  # fmt: skip
 K = 85
 GRAM_LOADS = {
@@ -189,6 +189,7 @@ def predict(case: aot.Case, target: str) -> dict[str, Any]:
     lines = lines_with(*GRAM_LOADS[case.kernel])
     cycles = cycles_of_step(step, warps, programs, chip, lambda one: one.source in lines)
     unit, busy = busiest(step, warps, chip)
+    busy *= programs * min(warps, SCHEDULERS) / SCHEDULERS  # of each scheduler
     rows = chip.processors * programs
     traffic = Traffic(2 * n + 2 * d, 2 * n + 2 * d)  # the Gram row and the atom
     if case.kernel == "gram_chunked":  # and the correlations, forth and back
@@ -199,7 +200,7 @@ def predict(case: aot.Case, target: str) -> dict[str, Any]:
     limit = "latency"
     if share > 0.85:
         limit = place
-    elif busy * programs > 0.75 * cycles:
+    elif busy > 0.75 * cycles:
         limit = unit
     phases = Counter(phase(one) for one in step)
     return {
@@ -217,7 +218,7 @@ def predict(case: aot.Case, target: str) -> dict[str, Any]:
         "barriers": sum(one.base == "BAR" for one in step),
         "KiB_in_flight": in_flight(step, lines, threads) * programs / 1024,
         "unit": unit,
-        "busy": busy * programs,
+        "busy": round(busy),
         "cycles": round(cycles),
         "transfer": round(service * rows * chip.clock),
         "share": round(share * 2 * n / (chip.bandwidth * service), 3),

@@ -168,8 +168,7 @@ def _stream_step_kernel(
     r = _atom_parts(residual_ptr, row, d, offs_d, d, 1)
     r, _, a, going, _, _ = _subtract_atom(
         r, j, going, dictionary_ptr, encoder_ptr, bias_ptr, None, d, stride_dictionary,
-        stride_encoder, offs_d, correlation_threshold, TIED, SELECT, 1,
-                False,
+        stride_encoder, offs_d, correlation_threshold, TIED, SELECT, 1, False,
     )  # fmt: skip
     tl.store(residual_ptr + row * d + offs_d, r[0], mask=(offs_d < d) & going)
     if banned_ptr is not None:

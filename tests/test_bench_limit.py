@@ -182,14 +182,19 @@ def test_a_kernel_is_predicted_whole(tmp_path):
 
 
 def test_the_page_has_what_the_results_say():
-    rows = json.loads((BENCH / "results" / "limit-3.7.1.json").read_text())["rows"]
+    rows, earlier = (
+        json.loads((BENCH / "results" / f"limit-3.7.1{name}.json").read_text())["rows"]
+        for name in ("", "-before")
+    )
     page = (BENCH / "TUNING.md").read_text()
     table = [line.strip("| ").split(" | ") for line in page.splitlines() if line[:4] in GPUS]
     assert len(table) == len(rows)
-    for row in rows:
+    for row, before in zip(rows, earlier, strict=True):
         name = next(name for name, target in GPUS.items() if target == row["target"])
         (cells,) = [
             c for c in table if c[0][:2] == name[2:] and c[1:3] == [str(row["n"]), str(row["d"])]
         ]
         now = [f"{row['share']:.2f}", f"{row['per_atom']:.1f}", str(row["programs"]), row["limit"]]
         assert [cells[4], *cells[6:]] == now
+        assert [cells[3], cells[5]] == [f"{before['share']:.2f}", f"{before['per_atom']:.1f}"]
+        assert before["share"] <= row["share"], "slower than before"
